@@ -1,0 +1,401 @@
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""Real images on a real cluster, and the real nbdkit with the real plugin.
+
+The cluster is the one of CEPH_CONF, which ci/test.sh sets.  client.admin only
+sets things up; data is looked at behind the export as client.rw.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import threading
+import uuid
+
+import nbd
+import pytest
+import rados
+import rbd
+import tenacity
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLUGIN = ROOT / "rbd_export.py"
+
+MIB = 1 << 20
+GIB = 1 << 30
+OBJECT = 4 * MIB
+
+# What the tests themselves wait for, as opposed to what they test.
+PATIENCE = 60
+
+
+def wait_until(condition, seconds=PATIENCE):
+    """Return condition() as soon as it is true."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_not_result(bool),
+        wait=tenacity.wait_fixed(0.02),
+        stop=tenacity.stop_after_delay(seconds),
+    )(condition)
+
+
+def unique(prefix):
+    return f"{prefix}-{uuid.uuid4().hex[:8]}"
+
+
+class Cluster:
+    """A Ceph cluster, with a pool of our own."""
+
+    def __init__(self, conf):
+        self.conf = str(conf)
+        self.pool = unique("rbd_export_test")
+        self.ceph("osd", "pool", "create", self.pool, "8")
+        self.rbd("pool", "init", self.pool, id="admin")
+        self.rados = rados.Rados(conffile=self.conf, rados_id="rw")
+        self.rados.connect()
+        self.ioctx = self.rados.open_ioctx(self.pool)
+
+    def close(self):
+        self.ioctx.close()
+        self.rados.shutdown()
+        self.drop_pool(self.pool)
+
+    def drop_pool(self, pool):
+        self.ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
+
+    def command(self, program, *args, id, input=None):
+        done = subprocess.run(
+            [program, "--conf", self.conf, "--id", id, *map(str, args)],
+            input=input,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    def ceph(self, *args):
+        return self.command("ceph", *args, id="admin").decode()
+
+    def rbd(self, *args, id="rw", input=None):
+        return self.command("rbd", *args, id=id, input=input)
+
+    @contextlib.contextmanager
+    def blocklisted(self, address):
+        self.ceph("osd", "blocklist", "add", address)
+        try:
+            yield
+        finally:
+            self.ceph("osd", "blocklist", "rm", address)
+
+    @contextlib.contextmanager
+    def key(self, **caps):
+        """A user with these capabilities; gives the parameters that log in as it."""
+        name = unique("rbd-export-test")
+        pairs = [part for pair in caps.items() for part in pair]
+        keyring = self.ceph("auth", "get-or-create", f"client.{name}", *pairs)
+        path = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"{name}.keyring"
+        path.write_text(keyring)
+        try:
+            yield {"id": name, "ceph.keyring": path}
+        finally:
+            path.unlink()
+            self.ceph("auth", "rm", f"client.{name}")
+
+
+class Image:
+    """An image of the test's own, looked at with librbd, without the export."""
+
+    def __init__(self, cluster, name, namespace=""):
+        self.cluster = cluster
+        self.name = name
+        self.namespace = namespace
+
+    @property
+    def spec(self):
+        return "/".join(filter(None, [self.cluster.pool, self.namespace, self.name]))
+
+    @contextlib.contextmanager
+    def open(self, snapshot=None, read_only=False):
+        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+            ioctx.set_namespace(self.namespace)
+            with rbd.Image(ioctx, self.name, snapshot, read_only=read_only) as image:
+                yield image
+
+    def read(self, offset, length, snapshot=None):
+        with self.open(snapshot, read_only=True) as image:
+            return image.read(offset, length)
+
+    def write(self, data, offset):
+        with self.open() as image:
+            image.write(data, offset)
+
+    def snap(self, name, protect=False):
+        with self.open() as image:
+            image.create_snap(name)
+            if protect:
+                image.protect_snap(name)
+
+    def watchers(self):
+        with self.open(read_only=True) as image:
+            return list(image.watchers_list())
+
+    def used(self):
+        """Bytes that `rbd du` says are in use."""
+        report = json.loads(self.cluster.rbd("du", self.spec, "--exact", "--format", "json"))
+        return sum(entry["used_size"] for entry in report["images"])
+
+    def diff(self):
+        """What `rbd diff` says exists, as (offset, length), merged."""
+        merged = []
+        for entry in json.loads(self.cluster.rbd("diff", self.spec, "--format", "json")):
+            if entry["exists"] != "true":
+                continue
+            if merged and sum(merged[-1]) == entry["offset"]:
+                merged[-1] = merged[-1][0], merged[-1][1] + entry["length"]
+            else:
+                merged.append((entry["offset"], entry["length"]))
+        return merged
+
+
+class Images:
+    """Makes images, and takes all of them away at the end."""
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+        self.made = []
+
+    def create(self, size=64 * MIB, name=None, namespace="", **options):
+        image = Image(self.cluster, name or unique("image"), namespace)
+        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+            ioctx.set_namespace(namespace)
+            rbd.RBD().create(ioctx, image.name, size, old_format=False, **options)
+        self.made.append(image)
+        return image
+
+    def clone(self, parent, snapshot, **options):
+        image = Image(self.cluster, unique("clone"))
+        ioctx = self.cluster.ioctx
+        rbd.RBD().clone(ioctx, parent.name, snapshot, ioctx, image.name, **options)
+        self.made.append(image)
+        return image
+
+    def remove(self, image):
+        self.made.remove(image)
+        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+            ioctx.set_namespace(image.namespace)
+            try:
+                with rbd.Image(ioctx, image.name, read_only=True) as opened:
+                    watchers = [watcher["addr"] for watcher in opened.watchers_list()]
+            except rbd.ImageNotFound:
+                return
+            # Killed clients would keep the image busy until their watch expires.
+            with contextlib.ExitStack() as stack:
+                for address in watchers:
+                    stack.enter_context(self.cluster.blocklisted(address))
+                with rbd.Image(ioctx, image.name) as opened:
+                    for snap in list(opened.list_snaps()):
+                        with contextlib.suppress(rbd.InvalidArgument):
+                            opened.unprotect_snap(snap["name"])
+                        opened.remove_snap(snap["name"])
+                rbd.RBD().remove(ioctx, image.name)
+
+    def close(self):
+        for image in reversed(self.made.copy()):
+            self.remove(image)
+
+
+class Server:
+    """nbdkit with the plugin.  Set what the test needs, then start it."""
+
+    def __init__(self, directory, **parameters):
+        self.socket = directory / "nbd.sock"
+        self.pidfile = directory / "nbdkit.pid"
+        self.directory = directory
+        self.options = []
+        self.extra = []
+        self.parameters = parameters
+        self.process = None
+        self.clients = []
+        self.lines = []
+
+    @property
+    def command(self):
+        return [
+            "nbdkit",
+            "--foreground",
+            f"--unix={self.socket}",
+            f"--pidfile={self.pidfile}",
+            *self.options,
+            "python",
+            str(PLUGIN),
+            *(f"{key}={value}" for key, value in self.parameters.items() if value is not None),
+            *self.extra,
+        ]
+
+    def start(self):
+        self.lines.clear()
+        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True)
+        self.reader = threading.Thread(target=self.lines.extend, args=[self.process.stderr])
+        self.reader.start()
+        wait_until(lambda: self.pidfile.exists() or self.process.poll() is not None)
+        assert self.process.poll() is None, "".join(self.lines)
+        return self
+
+    def connect(self, strict=False):
+        """Return a libnbd handle that sends what it is told to, allowed or not."""
+        client = nbd.NBD()
+        self.clients.append(client)
+        client.set_request_structured_replies(True)
+        client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
+        if not strict:
+            client.set_strict_mode(0)
+        client.connect_unix(str(self.socket))
+        return client
+
+    def disconnect(self):
+        for client in self.clients:
+            with contextlib.suppress(nbd.Error):
+                client.shutdown()
+        self.clients.clear()
+
+    def kill(self):
+        self.end(signal.SIGKILL)
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.disconnect()
+            self.end(signal.SIGTERM)
+
+    def end(self, number):
+        self.process.send_signal(number)
+        try:
+            self.process.wait(PATIENCE / 4)
+        except subprocess.TimeoutExpired:
+            # The test fails, but its cluster and its images must go.
+            self.process.kill()
+            self.process.wait()
+            raise
+        self.reader.join()
+        self.process.stderr.close()
+        self.disconnect()
+        for path in (self.pidfile, self.socket):
+            path.unlink(missing_ok=True)
+
+    def log(self):
+        return "".join(self.lines)
+
+    def threads(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def refused(server):
+    """Run nbdkit, which must refuse to start, and return what it says."""
+    done = subprocess.run(server.command, capture_output=True, text=True, timeout=PATIENCE)
+    assert not server.pidfile.exists(), "it went on to serve"
+    assert done.returncode == 1
+    assert done.stdout == ""
+    message = done.stderr.strip()
+    assert "\n" not in message, message
+    assert "Traceback" not in message
+    return message
+
+
+def assert_same(actual, expected):
+    """Compare megabytes; pytest's own explanation of a difference would take minutes."""
+    if actual != expected:
+        assert len(actual) == len(expected)
+        place = next(i for i, (a, b) in enumerate(zip(actual, expected, strict=True)) if a != b)
+        pytest.fail(f"differs at {place}: {actual[place]}, not {expected[place]}")
+
+
+def extents(client, offset, length):
+    """What the client is told of a range: [(offset, length, flags)], merged."""
+    found = []
+
+    def add(context, start, entries, error):
+        for size, flags in zip(entries[::2], entries[1::2], strict=True):
+            if found and found[-1][2] == flags:
+                found[-1] = found[-1][0], found[-1][1] + size, flags
+            else:
+                found.append((start, size, flags))
+            start += size
+
+    while length:
+        covered = sum(size for _, size, _ in found)
+        client.block_status(min(length, GIB), offset, add)
+        covered = sum(size for _, size, _ in found) - covered
+        assert covered > 0
+        offset += covered
+        length -= covered
+    return found
+
+
+def data_extents(client, offset, length):
+    return [(start, size) for start, size, flags in extents(client, offset, length) if flags == 0]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    conf = os.environ.get("CEPH_CONF")
+    assert conf, "CEPH_CONF is not set: run the tests with ci/test.sh"
+    cluster = Cluster(conf)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def images(cluster):
+    images = Images(cluster)
+    yield images
+    images.close()
+
+
+@pytest.fixture
+def image(images):
+    return images.create()
+
+
+@pytest.fixture
+def servers(cluster, images, tmp_path):
+    """Makes servers that are not yet started; stops all of them before images go."""
+    made = []
+
+    def make(image, /, **parameters):
+        directory = tmp_path / str(len(made))
+        directory.mkdir()
+        defaults = {"conf": cluster.conf, "id": "rw", "image": getattr(image, "spec", image)}
+        made.append(Server(directory, **defaults | parameters))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture
+def server(servers, image):
+    """A server of `image`, not yet started."""
+    return servers(image)
+
+
+@pytest.fixture(scope="session")
+def private_cluster(tmp_path_factory):
+    """A cluster whose daemons a test may stop for a while: no other run uses it."""
+    directory = tmp_path_factory.mktemp("cluster")
+    script = str(ROOT / "ci/start-ceph.sh")
+    try:
+        conf = subprocess.run(
+            [script, "start", directory], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        cluster = Cluster(conf)
+        cluster.directory = directory
+        yield cluster
+        cluster.ioctx.close()
+        cluster.rados.shutdown()
+    finally:
+        subprocess.run([script, "stop", directory], check=True)

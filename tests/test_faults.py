@@ -1,0 +1,238 @@
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a client is told when the cluster refuses or does not answer."""
+
+import errno
+import json
+import os
+import signal
+import time
+
+import nbd
+import pytest
+from conftest import MIB, PATIENCE, Images, Server, wait_until
+
+
+def failure(call, *args):
+    with pytest.raises(nbd.Error) as raised:
+        call(*args)
+    return raised.value.errnum
+
+
+def test_a_fenced_client_stays_refused_until_it_reconnects(server, image, cluster):
+    client = server.start().connect()
+    other = server.connect()
+    client.pwrite(b"before", 0)
+    client.flush()
+    (watcher,) = image.watchers()
+    with cluster.blocklisted(watcher["addr"]):
+        assert failure(client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+        image.write(b"takeover", 0)
+    # The fence is gone; the client still does not know who wrote since.
+    assert failure(client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+    assert failure(client.pread, 6, 0) == errno.ESHUTDOWN
+    assert failure(client.flush) == errno.ESHUTDOWN
+    assert failure(other.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+    assert image.read(0, 8) == b"takeover"
+    again = server.connect()
+    assert again.pread(8, 0) == b"takeover"
+    again.pwrite(b"goes on!", 0)
+    assert again.pread(8, 0) == b"goes on!"
+    server.stop()
+    assert "RBD connection was shutdown" in server.log() or "108" in server.log()
+
+
+def test_a_client_that_connects_after_the_fence_works_at_once(server, image, cluster):
+    client = server.start().connect()
+    (watcher,) = image.watchers()
+    with cluster.blocklisted(watcher["addr"]):
+        assert server.connect().pread(1, 0) == b"\0"
+        assert failure(client.pread, 1, 0) == errno.ESHUTDOWN
+        threads = server.threads()
+        client.shutdown()
+        # The fenced connection to the cluster goes with its last client.
+        wait_until(lambda: server.threads() < threads - 16)
+
+
+def test_fenced_clients_leave_nothing_behind(server, image, cluster):
+    def fenced():
+        client = server.connect()
+        (watcher,) = image.watchers()
+        with cluster.blocklisted(watcher["addr"]):
+            assert failure(client.pread, 1, 0) == errno.ESHUTDOWN
+        client.shutdown()
+
+    server.start()
+    fenced()
+    server.connect().shutdown()
+    before = server.threads()
+    for _ in range(3):
+        fenced()
+    server.connect().shutdown()
+    wait_until(lambda: server.threads() <= before)
+
+
+def test_a_full_pool_is_enospc_and_reads_go_on(servers, images, cluster):
+    image = images.create()
+    image.write(b"r" * 4096, 0)
+    client = servers(image).start().connect()
+    client.flush()  # from here on librbd could acknowledge writes early
+
+    def full():
+        pools = json.loads(cluster.ceph("osd", "pool", "ls", "detail", "--format", "json"))
+        (flags,) = [p["flags_names"] for p in pools if p["pool_name"] == cluster.pool]
+        return "full" in flags
+
+    cluster.ceph("osd", "pool", "set-quota", cluster.pool, "max_objects", "1")
+    try:
+        wait_until(full)
+        assert failure(client.pwrite, b"x" * 4096, 32 * MIB) == errno.ENOSPC
+        assert client.pread(4096, 0) == b"r" * 4096
+    finally:
+        cluster.ceph("osd", "pool", "set-quota", cluster.pool, "max_objects", "0")
+        wait_until(lambda: not full())
+    client.pwrite(b"x" * 4096, 32 * MIB)
+
+
+def test_a_key_that_may_not_write_data_is_eperm(servers, image, cluster):
+    image.write(b"old", 0)
+    where = f"pool={cluster.pool} object_prefix rbd_"
+    caps = f"allow rx pool={cluster.pool}, allow rwx {where}header, allow rwx {where}object_map"
+    with cluster.key(mon="profile rbd", osd=caps) as login:
+        client = servers(image, **login, **{"ceph.rbd_cache": "false"}).start().connect()
+        assert client.pread(3, 0) == b"old"
+        assert failure(client.pwrite, b"new", 0) == errno.EPERM
+        assert client.pread(3, 0) == b"old"
+
+
+@pytest.fixture
+def stoppable(private_cluster, tmp_path):
+    """A server, not yet started, on a cluster whose OSD (pid `.osd`) may be stopped."""
+    images = Images(private_cluster)
+    image = images.create()
+    server = Server(tmp_path, conf=private_cluster.conf, id="rw", image=image.spec)
+    server.image = image
+    server.osd = int((private_cluster.directory / "run/osd.0.pid").read_text())
+    yield server
+    os.kill(server.osd, signal.SIGCONT)
+    server.stop()
+    images.close()
+
+
+def test_io_timeout_ends_a_request_that_the_cluster_does_not_answer(stoppable):
+    stoppable.parameters["io-timeout"] = 2
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert failure(client.pread, 4096, 0) == errno.EIO
+    assert 1.5 < time.monotonic() - begin < 10
+    os.kill(stoppable.osd, signal.SIGCONT)
+    assert client.pread(4096, 0) == b"x" * 4096
+
+
+def test_without_io_timeout_a_request_waits_for_the_cluster(stoppable):
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    buffer = nbd.Buffer(4096)
+    cookie = client.aio_pread(buffer, 0)
+    assert client.poll(3000) == 0 or not client.aio_command_completed(cookie)
+    os.kill(stoppable.osd, signal.SIGCONT)
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+    assert client.aio_command_completed(cookie)
+    assert buffer.to_bytearray() == b"x" * 4096
+
+
+def test_the_probe_tells_of_osds_that_do_not_answer(stoppable):
+    from conftest import refused
+
+    stoppable.parameters["connect-timeout"] = 2
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert "the cluster did not answer within 2 s" in refused(stoppable)
+    assert time.monotonic() - begin < 10
+
+
+FUA = nbd.CMD_FLAG_FUA
+
+
+def test_a_promise_is_not_answered_before_the_cluster_has_answered(stoppable):
+    stoppable.parameters |= {
+        "ceph.rbd_cache_policy": "writeback",
+        "ceph.rbd_cache_writethrough_until_flush": "false",
+    }
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0, FUA)
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    client.pwrite(b"y" * 4096, MIB)  # no promise: answered at once
+    data = nbd.Buffer.from_bytearray(bytearray(b"z" * 4096))
+    promises = [
+        client.aio_pwrite(data, 2 * MIB, flags=FUA),
+        client.aio_zero(4096, 3 * MIB, flags=FUA),
+        client.aio_trim(8 * MIB, 8 * MIB, flags=FUA),
+        client.aio_flush(),
+    ]
+    # Time enough for a wrong answer; a right one cannot come.
+    assert client.poll(2000) == 0
+    os.kill(stoppable.osd, signal.SIGCONT)
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+    assert all(client.aio_command_completed(cookie) for cookie in promises)
+
+
+def test_by_default_no_write_is_answered_before_the_cluster_has_answered(stoppable):
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()  # from here on librbd could acknowledge writes early
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    cookie = client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"y" * 4096)), 0)
+    assert client.poll(2000) == 0
+    os.kill(stoppable.osd, signal.SIGCONT)
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+    assert client.aio_command_completed(cookie)
+
+
+def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable):
+    stoppable.parameters |= {"io-timeout": 2, "ceph.rbd_cache_policy": "writeback"}
+    a, b = stoppable.start().connect(), stoppable.connect()
+    for client in (a, b):
+        client.pwrite(b"x" * 4096, 0)
+        client.flush()
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    a.pwrite(b"a" * 4096, 0)  # acknowledged early
+    b.pwrite(b"b" * 4096, 8192)
+    assert [failure(a.flush), failure(b.flush), failure(a.flush)] == [errno.EIO] * 3
+    os.kill(stoppable.osd, signal.SIGCONT)
+
+    def flushed():
+        try:
+            a.flush()
+        except nbd.Error:
+            return False
+        return True
+
+    wait_until(flushed)
+    stoppable.kill()
+    assert stoppable.image.read(0, 4096) == b"a" * 4096
+    assert stoppable.image.read(8192, 4096) == b"b" * 4096
+
+
+def test_a_request_never_fails_with_einval_for_a_fault_of_the_cluster(stoppable):
+    stoppable.parameters["io-timeout"] = 1
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    calls = [
+        lambda: client.pread(4096, 0),
+        lambda: client.pwrite(b"x", 0, FUA),
+        lambda: client.zero(4096, 0, FUA),
+        lambda: client.trim(8 * MIB, 0, FUA),
+        lambda: client.block_status(64 * MIB, 0, lambda *_: None),
+    ]
+    assert [failure(call) for call in calls] == [errno.EIO] * len(calls)
