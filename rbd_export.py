@@ -311,6 +311,10 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             ioctx = stack.enter_context(open_pool(self.rados, spec))
             image = stack.enter_context(open_image(ioctx, spec, read_only))
+            if not read_only and is_non_primary(image):
+                image.close()
+                read_only = True
+                image = stack.enter_context(open_image(ioctx, spec, read_only))
             key = identity(image, ioctx, spec, read_only)
             found = OpenImage(image, spec, read_only)
             with self.changed:
@@ -398,8 +402,7 @@ def what_is_missing(ioctx: rados.Ioctx, spec: Spec) -> str:
 
 def identity(image: rbd.Image, ioctx: rados.Ioctx, spec: Spec, read_only: bool) -> tuple[Any, ...]:
     """Tell an image from all others that were, are or will be open by its name."""
-    pool = ioctx.get_pool_id() if hasattr(ioctx, "get_pool_id") else spec.pool
-    key = (pool, spec.namespace, image.id(), read_only)
+    key = (ioctx.get_pool_id(), spec.namespace, image.id(), read_only)
     if spec.snapshot is not None:
         return (*key, image.snap_get_id(spec.snapshot))
     # Only an image that is open for writing hears of its resizes.
@@ -411,6 +414,7 @@ class OpenImage:
 
     def __init__(self, image: rbd.Image, spec: Spec, read_only: bool) -> None:
         self.image = image
+        self.read_only = read_only
         self.resources = contextlib.ExitStack()
         self.users = 0
         # The object map says which objects exist.  It says so of this image alone,
@@ -465,11 +469,8 @@ class Handle:
     def __init__(self, spec: Spec, read_only: bool) -> None:
         with contextlib.ExitStack() as stack:
             self.cluster = stack.enter_context(Cluster.use())
-            self.read_only = read_only or spec.snapshot is not None
-            self.shared = stack.enter_context(self.cluster.open(spec, self.read_only))
-            if not self.read_only and is_non_primary(self.shared.image):
-                self.read_only = True
-                self.shared = stack.enter_context(self.cluster.open(spec, True))
+            read_only = read_only or spec.snapshot is not None
+            self.shared = stack.enter_context(self.cluster.open(spec, read_only))
             self.size = self.shared.image.size()
             self.description = f"RBD image {spec}"
             self.close = stack.pop_all().close
@@ -690,7 +691,7 @@ def block_size(h: Handle) -> tuple[int, int, int]:
 
 
 def can_write(h: Handle) -> bool:
-    return not h.read_only
+    return not h.shared.read_only
 
 
 def can_flush(h: Handle) -> bool:

@@ -121,6 +121,7 @@ def test_a_non_primary_mirror_is_read_only(servers, images, cluster):
     cluster.rbd("mirror", "image", "demote", image.spec, id="admin")
     try:
         assert_read_only(servers(image).start().connect())
+        assert image.watchers() == []
     finally:
         cluster.rbd("mirror", "image", "promote", "--force", image.spec, id="admin")
         cluster.rbd("mirror", "image", "disable", image.spec, id="admin")
