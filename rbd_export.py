@@ -568,7 +568,11 @@ def get_ready() -> None:
         report = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == -signal.SIGALRM:
-        report = f"the cluster did not answer within {CONFIG['connect-timeout']} s"
+        # Without any OSD capabilities, librados of Ceph 18 tries for ever.
+        report = (
+            f"no OSD has answered within {CONFIG['connect-timeout']} s (connect-timeout):"
+            f" none is up, or the user has no OSD capabilities"
+        )
     elif status and not report:
         report = f"the start-up probe ended with status {status}"
     if report:

@@ -291,9 +291,16 @@ def test_a_wrong_key_is_told(servers, image, tmp_path, cluster):
 
 
 def test_a_user_without_permission_is_told(servers, image, cluster):
-    with cluster.key(mon="profile rbd") as login:
+    with cluster.key(mon="profile rbd", osd="profile rbd pool=another") as login:
         message = refused(servers(image, **login))
     assert f"no permission to open image '{image.spec}'" in message
+
+
+def test_a_user_without_osd_capabilities_is_told(servers, image, cluster):
+    with cluster.key(mon="profile rbd") as login:
+        message = refused(servers(image, **login, **{"connect-timeout": 2}))
+    # Ceph 16 refuses at once, Ceph 18 does not answer.
+    assert "no permission to open image" in message or "no OSD capabilities" in message
 
 
 def test_a_cluster_out_of_reach_is_told_within_connect_timeout(servers, image):
