@@ -122,6 +122,9 @@ mon allow pool delete = true
 mon warn on pool no redundancy = false
 mon warn on insecure global id reclaim allowed = false
 auth allow insecure global id reclaim = false
+# Each new snapshot and pool is a change of the OSD map, for which the monitor
+# would wait a second, in case that more changes come.
+paxos propose interval = 0.01
 # Healthy on a disk that is nearly full, too.
 mon data avail warn = 1
 mon data avail crit = 0
