@@ -33,12 +33,13 @@ uri="nbd+unix://?socket=$socket"
 
 finish() {
   # Whatever has failed, the cluster must go.
-  if [ -f "$dir/nbdkit.pid" ]; then
-    pid=$(cat "$dir/nbdkit.pid")
+  for pidfile in "$dir"/*.pid; do
+    [ -f "$pidfile" ] || continue
+    pid=$(cat "$pidfile")
     if kill "$pid"; then
       timeout 10 tail --pid="$pid" -s 0.1 -f /dev/null || true
     fi
-  fi
+  done
   ci/start-ceph.sh stop "$dir/ceph"
   rm -rf "$dir"
 }
@@ -79,12 +80,23 @@ run diff -r "$dir/tree" "$dir/out"
 say "What takes space in the image, and what does not (qemu-img map)"
 run qemu-img map --output=human "$uri"
 
+say "Serving every image of the pool whose name begins with vm, and their snapshots"
+rbd --conf "$conf" --id rw create --size 1G rbd/vm2
+rbd --conf "$conf" --id rw create --size 1G rbd/secret
+rbd --conf "$conf" --id rw snap create --no-progress rbd/vm1@monday
+run nbdkit --unix="$dir/pool.sock" --pidfile="$dir/pool.pid" \
+  python rbd_export.py conf="$conf" id=rw pool=rbd exports='vm*' exports='vm*@*'
+run nbdinfo --list "nbd+unix://?socket=$dir/pool.sock"
+run nbdcopy "nbd+unix:///vm1@monday?socket=$dir/pool.sock" "$dir/monday"
+run cmp "$dir/disk" "$dir/monday"
+
 if [ "$keep" = yes ]; then
   trap - EXIT
   say "Left running"
   echo "    NBD URI:    $uri"
+  echo "    the pool:   nbd+unix:///vm1?socket=$dir/pool.sock   (or vm2, vm1@monday)"
   echo "    ceph.conf:  $conf   (rbd --conf $conf --id rw ls)"
-  echo "    to stop:    kill \$(cat $dir/nbdkit.pid); sleep 2; $PWD/ci/start-ceph.sh stop $dir/ceph; rm -rf $dir"
+  echo "    to stop:    kill \$(cat $dir/*.pid); sleep 2; $PWD/ci/start-ceph.sh stop $dir/ceph; rm -rf $dir"
 else
   say "Stopping the export and the cluster"
   finish

@@ -6,6 +6,7 @@
 #
 #   ci/install-deps.sh         what the plugin and ci/demo.sh need
 #   ci/install-deps.sh test    and what ci/test.sh needs
+#   ci/install-deps.sh bench   and what bench/run.sh needs
 #   ci/install-deps.sh lint    and what ci/lint.sh needs
 set -euo pipefail
 
@@ -18,7 +19,9 @@ packages=(
 )
 case ${1-} in
   "") ;;
-  test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity) ;;
+  test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
+    python3-trustme) ;;
+  bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
 esac

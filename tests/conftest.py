@@ -51,8 +51,7 @@ class Cluster:
     def __init__(self, conf):
         self.conf = str(conf)
         self.pool = unique("rbd_export_test")
-        self.ceph("osd", "pool", "create", self.pool, "8")
-        self.rbd("pool", "init", self.pool, id="admin")
+        self.make_pool(self.pool)
         self.rados = rados.Rados(conffile=self.conf, rados_id="rw")
         self.rados.connect()
         self.ioctx = self.rados.open_ioctx(self.pool)
@@ -62,12 +61,17 @@ class Cluster:
         self.rados.shutdown()
         self.drop_pool(self.pool)
 
+    def make_pool(self, pool):
+        self.ceph("osd", "pool", "create", pool, "8")
+        self.rbd("pool", "init", pool, id="admin")
+
     def drop_pool(self, pool):
         self.ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
 
     def command(self, program, *args, id, input=None):
         done = subprocess.run(
-            [program, "--conf", self.conf, "--id", id, *map(str, args)],
+            [program, "--conf", self.conf, "--id", id]
+            + [arg if isinstance(arg, bytes) else str(arg) for arg in args],
             input=input,
             capture_output=True,
             check=False,
@@ -107,18 +111,19 @@ class Cluster:
 class Image:
     """An image of the test's own, looked at with librbd, without the export."""
 
-    def __init__(self, cluster, name, namespace=""):
+    def __init__(self, cluster, name, namespace="", pool=None):
         self.cluster = cluster
         self.name = name
         self.namespace = namespace
+        self.pool = pool or cluster.pool
 
     @property
     def spec(self):
-        return "/".join(filter(None, [self.cluster.pool, self.namespace, self.name]))
+        return "/".join(filter(None, [self.pool, self.namespace, self.name]))
 
     @contextlib.contextmanager
     def open(self, snapshot=None, read_only=False):
-        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+        with self.cluster.rados.open_ioctx(self.pool) as ioctx:
             ioctx.set_namespace(self.namespace)
             with rbd.Image(ioctx, self.name, snapshot, read_only=read_only) as image:
                 yield image
@@ -166,9 +171,9 @@ class Images:
         self.cluster = cluster
         self.made = []
 
-    def create(self, size=64 * MIB, name=None, namespace="", **options):
-        image = Image(self.cluster, name or unique("image"), namespace)
-        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+    def create(self, size=64 * MIB, name=None, namespace="", pool=None, **options):
+        image = Image(self.cluster, name or unique("image"), namespace, pool)
+        with self.cluster.rados.open_ioctx(image.pool) as ioctx:
             ioctx.set_namespace(namespace)
             rbd.RBD().create(ioctx, image.name, size, old_format=False, **options)
         self.made.append(image)
@@ -181,9 +186,17 @@ class Images:
         self.made.append(image)
         return image
 
+    def clone_of_unprotected(self, parent, snapshot):
+        """A clone that moves the snapshot to the trash when it is removed."""
+        image = Image(self.cluster, unique("clone"))
+        format_2 = "--rbd-default-clone-format=2"
+        self.cluster.rbd("clone", format_2, f"{parent.spec}@{snapshot}", image.spec)
+        self.made.append(image)
+        return image
+
     def remove(self, image):
         self.made.remove(image)
-        with self.cluster.rados.open_ioctx(self.cluster.pool) as ioctx:
+        with self.cluster.rados.open_ioctx(image.pool) as ioctx:
             ioctx.set_namespace(image.namespace)
             try:
                 with rbd.Image(ioctx, image.name, read_only=True) as opened:
@@ -230,7 +243,12 @@ class Server:
             *self.options,
             "python",
             str(PLUGIN),
-            *(f"{key}={value}" for key, value in self.parameters.items() if value is not None),
+            *(
+                f"{key}={value}"
+                for key, values in self.parameters.items()
+                for value in (values if isinstance(values, list) else [values])
+                if value is not None
+            ),
             *self.extra,
         ]
 
@@ -243,16 +261,28 @@ class Server:
         assert self.process.poll() is None, "".join(self.lines)
         return self
 
-    def connect(self, strict=False):
+    def connect(self, export="", strict=False):
         """Return a libnbd handle that sends what it is told to, allowed or not."""
         client = nbd.NBD()
         self.clients.append(client)
+        client.set_export_name(export)
         client.set_request_structured_replies(True)
         client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         if not strict:
             client.set_strict_mode(0)
         client.connect_unix(str(self.socket))
         return client
+
+    def list(self):
+        """What NBD_OPT_LIST answers: {export name: description}."""
+        client = nbd.NBD()
+        client.set_opt_mode(True)
+        client.connect_unix(str(self.socket))
+        found = []
+        client.opt_list(lambda name, description: found.append((name, description)))
+        client.opt_abort()
+        assert found == sorted(found)
+        return dict(found)
 
     def disconnect(self):
         for client in self.clients:

@@ -132,6 +132,21 @@ def test_io_timeout_ends_a_request_that_the_cluster_does_not_answer(stoppable):
     assert client.pread(4096, 0) == b"x" * 4096
 
 
+def test_io_timeout_does_not_add_up_for_requests_at_once(stoppable):
+    stoppable.image.snap("s")
+    stoppable.parameters |= {"io-timeout": 2, "snapshot": "s"}
+    client = stoppable.start().connect()
+    assert client.pread(4096, 0) == bytes(4096)
+    os.kill(stoppable.osd, signal.SIGSTOP)
+    begin = time.monotonic()
+    buffers = [nbd.Buffer(4096) for _ in range(8)]
+    reads = [client.aio_pread(buffer, number * 4096) for number, buffer in enumerate(buffers)]
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+    assert time.monotonic() - begin < 10
+    assert [failure(client.aio_command_completed, read) for read in reads] == [errno.EIO] * 8
+
+
 def test_without_io_timeout_a_request_waits_for_the_cluster(stoppable):
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0)

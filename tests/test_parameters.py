@@ -179,13 +179,13 @@ def test_the_readme_states_the_defaults_of_the_code():
         ({"image": None}, "parameter 'image' is missing"),
         ({"image": ""}, "parameter 'image': must not be empty"),
         ({"pool": ""}, "parameter 'pool': must not be empty"),
-        ({"image": "a/b/c/d"}, "malformed image 'a/b/c/d'"),
-        ({"image": "pool//image"}, "malformed image 'pool//image'"),
-        ({"image": "/image"}, "malformed image '/image'"),
-        ({"image": "pool/"}, "malformed image 'pool/'"),
-        ({"image": "image@"}, "malformed image 'image@'"),
-        ({"image": "@snap"}, "malformed image '@snap'"),
-        ({"image": "image@a@b"}, "malformed image 'image@a@b'"),
+        ({"image": "a/b/c/d"}, "image 'a/b/c/d' is malformed"),
+        ({"image": "pool//image"}, "image 'pool//image' is malformed"),
+        ({"image": "/image"}, "image '/image' is malformed"),
+        ({"image": "pool/"}, "image 'pool/' is malformed"),
+        ({"image": "image@"}, "image 'image@' is malformed"),
+        ({"image": "@snap"}, "image '@snap' is malformed"),
+        ({"image": "image@a@b"}, "image 'image@a@b' is malformed"),
         ({"image": "a/b", "pool": "c"}, "'image=a/b' contradicts 'pool=c'"),
         ({"image": "a/n/b", "namespace": "m"}, "'image=a/n/b' contradicts 'namespace=m'"),
         ({"image": "b@s", "snapshot": "t"}, "'image=b@s' contradicts 'snapshot=t'"),
@@ -199,6 +199,7 @@ def test_the_readme_states_the_defaults_of_the_code():
         ({"connect-timeout": "²"}, "parameter 'connect-timeout': '²' is not a whole number"),
         ({"io-timeout": "soon"}, "parameter 'io-timeout': 'soon' is not a whole number"),
         ({"io-timeout": "9" * 30}, "is not a whole number"),
+        ({"id": "client.rw"}, "parameter 'id': 'client.rw' must go without 'client.'"),
         ({"probe": "maybe"}, "parameter 'probe': 'maybe' is neither 'yes' nor 'no'"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else None,
@@ -288,6 +289,12 @@ def test_a_wrong_key_is_told(servers, image, tmp_path, cluster):
     )
     message = refused(servers(image, **{"ceph.keyring": keyring}))
     assert "cannot connect to the cluster: unknown user, or its key is missing or wrong" in message
+
+
+def test_a_keyring_that_cannot_be_read_is_named(servers, image, tmp_path):
+    message = refused(servers(image, **{"ceph.keyring": tmp_path / "missing"}))
+    assert "unknown user, or its key is missing or wrong; none of these can be read:" in message
+    assert f"{tmp_path}/missing" in message
 
 
 def test_a_user_without_permission_is_told(servers, image, cluster):
