@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# Install what the benchmarks need, start a throwaway Ceph cluster, run one of
+# them against it and stop it.  Arguments after the name go to the benchmark.
+#
+#   bench/run.sh gateway
+#   CEPH_CONF=FILE bench/run.sh gateway    on that cluster, in a pool of its own
+set -euo pipefail
+[ -z "${CEPH_CONF-}" ] || CEPH_CONF=$(realpath -- "$CEPH_CONF")
+cd "$(dirname "$0")/.."
+[ -f "bench/${1-}.py" ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
+
+# Ceph's daemons keep their files as root.
+[ "$(id -u)" = 0 ] || exec sudo --preserve-env=CEPH_CONF bench/run.sh "$@"
+
+ci/install-deps.sh bench
+
+if [ -z "${CEPH_CONF-}" ]; then
+  dir=$(mktemp -d /tmp/rbd-export-bench.XXXXXX)
+  trap 'ci/start-ceph.sh stop "$dir"; rm -rf "$dir"' EXIT
+  CEPH_CONF=$(ci/start-ceph.sh start "$dir")
+  export CEPH_CONF
+fi
+
+/usr/bin/python3 "bench/$1.py" "${@:2}"
