@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a client is told when the cluster refuses or does not answer."""
 
+import contextlib
 import errno
 import json
 import os
+import pathlib
 import signal
 import time
 
@@ -105,16 +107,37 @@ def test_a_key_that_may_not_write_data_is_eperm(servers, image, cluster):
         assert client.pread(3, 0) == b"old"
 
 
+class Daemon:
+    """A process that a test stops for a while."""
+
+    def __init__(self, pidfile):
+        self.pid = int(pidfile.read_text())
+
+    def stop(self):
+        """Return when it has stopped; each thread takes its own moment to."""
+        os.kill(self.pid, signal.SIGSTOP)
+        wait_until(lambda: set(self.thread_states()) == {"T"})
+
+    def resume(self):
+        os.kill(self.pid, signal.SIGCONT)
+
+    def thread_states(self):
+        for thread in pathlib.Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                # The name of a thread, in parentheses, may have any characters.
+                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.fixture
 def stoppable(private_cluster, tmp_path):
-    """A server, not yet started, on a cluster whose OSD (pid `.osd`) may be stopped."""
+    """A server, not yet started, on a cluster whose OSD may be stopped (`.osd`)."""
     images = Images(private_cluster)
     image = images.create()
     server = Server(tmp_path, conf=private_cluster.conf, id="rw", image=image.spec)
     server.image = image
-    server.osd = int((private_cluster.directory / "run/osd.0.pid").read_text())
+    server.osd = Daemon(private_cluster.directory / "run/osd.0.pid")
     yield server
-    os.kill(server.osd, signal.SIGCONT)
+    server.osd.resume()
     server.stop()
     images.close()
 
@@ -124,11 +147,11 @@ def test_io_timeout_ends_a_request_that_the_cluster_does_not_answer(stoppable):
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0)
     client.flush()
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     begin = time.monotonic()
     assert failure(client.pread, 4096, 0) == errno.EIO
     assert 1.5 < time.monotonic() - begin < 10
-    os.kill(stoppable.osd, signal.SIGCONT)
+    stoppable.osd.resume()
     assert client.pread(4096, 0) == b"x" * 4096
 
 
@@ -137,7 +160,7 @@ def test_io_timeout_does_not_add_up_for_requests_at_once(stoppable):
     stoppable.parameters |= {"io-timeout": 2, "snapshot": "s"}
     client = stoppable.start().connect()
     assert client.pread(4096, 0) == bytes(4096)
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     begin = time.monotonic()
     buffers = [nbd.Buffer(4096) for _ in range(8)]
     reads = [client.aio_pread(buffer, number * 4096) for number, buffer in enumerate(buffers)]
@@ -151,11 +174,11 @@ def test_without_io_timeout_a_request_waits_for_the_cluster(stoppable):
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0)
     client.flush()
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     buffer = nbd.Buffer(4096)
     cookie = client.aio_pread(buffer, 0)
     assert client.poll(3000) == 0 or not client.aio_command_completed(cookie)
-    os.kill(stoppable.osd, signal.SIGCONT)
+    stoppable.osd.resume()
     while client.aio_in_flight():
         assert client.poll(PATIENCE * 1000)
     assert client.aio_command_completed(cookie)
@@ -166,7 +189,7 @@ def test_the_probe_tells_of_osds_that_do_not_answer(stoppable):
     from conftest import refused
 
     stoppable.parameters["connect-timeout"] = 2
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     begin = time.monotonic()
     assert "no OSD has answered within 2 s (connect-timeout)" in refused(stoppable)
     assert time.monotonic() - begin < 10
@@ -182,7 +205,7 @@ def test_a_promise_is_not_answered_before_the_cluster_has_answered(stoppable):
     }
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0, FUA)
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     client.pwrite(b"y" * 4096, MIB)  # no promise: answered at once
     data = nbd.Buffer.from_bytearray(bytearray(b"z" * 4096))
     promises = [
@@ -193,7 +216,7 @@ def test_a_promise_is_not_answered_before_the_cluster_has_answered(stoppable):
     ]
     # Time enough for a wrong answer; a right one cannot come.
     assert client.poll(2000) == 0
-    os.kill(stoppable.osd, signal.SIGCONT)
+    stoppable.osd.resume()
     while client.aio_in_flight():
         assert client.poll(PATIENCE * 1000)
     assert all(client.aio_command_completed(cookie) for cookie in promises)
@@ -203,10 +226,10 @@ def test_by_default_no_write_is_answered_before_the_cluster_has_answered(stoppab
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0)
     client.flush()  # from here on librbd could acknowledge writes early
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     cookie = client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"y" * 4096)), 0)
     assert client.poll(2000) == 0
-    os.kill(stoppable.osd, signal.SIGCONT)
+    stoppable.osd.resume()
     while client.aio_in_flight():
         assert client.poll(PATIENCE * 1000)
     assert client.aio_command_completed(cookie)
@@ -218,11 +241,11 @@ def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable):
     for client in (a, b):
         client.pwrite(b"x" * 4096, 0)
         client.flush()
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     a.pwrite(b"a" * 4096, 0)  # acknowledged early
     b.pwrite(b"b" * 4096, 8192)
     assert [failure(a.flush), failure(b.flush), failure(a.flush)] == [errno.EIO] * 3
-    os.kill(stoppable.osd, signal.SIGCONT)
+    stoppable.osd.resume()
 
     def flushed():
         try:
@@ -242,7 +265,7 @@ def test_a_request_never_fails_with_einval_for_a_fault_of_the_cluster(stoppable)
     client = stoppable.start().connect()
     client.pwrite(b"x" * 4096, 0)
     client.flush()
-    os.kill(stoppable.osd, signal.SIGSTOP)
+    stoppable.osd.stop()
     calls = [
         lambda: client.pread(4096, 0),
         lambda: client.pwrite(b"x", 0, FUA),
