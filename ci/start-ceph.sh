@@ -223,6 +223,12 @@ start() {
   # Returns when the pool's placement groups serve I/O.
   timeout 60 rbd --conf "$conf" pool init rbd >>"$dir/log/osd.0.out" 2>&1 ||
     failed osd.0 "the OSD does not serve the pool 'rbd'"
+  if [ "$store" = memstore ]; then
+    # memstore adds up what it holds without a lock: an OSD that is all but empty may
+    # come to less than nothing, which is 16 EiB, and be full.
+    head -c 100M /dev/zero | timeout 60 rados --conf "$conf" --pool rbd put ballast - \
+      >>"$dir/log/osd.0.out" 2>&1 || failed osd.0 "cannot write to the pool 'rbd'"
+  fi
   # What must hold before the health is good is the manager's first report.
   timeout 60 bash -c "until ceph --conf '$conf' health | grep -q HEALTH_OK; do sleep 0.2; done" ||
     failed mgr.a "the cluster does not become healthy: $(ceph_ health detail)"
