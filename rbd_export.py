@@ -14,15 +14,19 @@ python3-rados and python3-rbd.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import concurrent.futures
 import contextlib
 import ctypes
+import datetime
 import difflib
 import errno
 import fnmatch
 import functools
 import glob
+import itertools
+import operator
 import os
 import re
 import signal
@@ -124,6 +128,31 @@ def yes_or_no(value: str) -> bool:
         raise ValueError(f"'{value}' is neither 'yes' nor 'no'") from None
 
 
+def size(value: str) -> int:
+    """Parse bytes: a number and a suffix for a power of 1024.
+
+    nbdkit.parse_size takes the same, but logs an error of its own.
+    """
+    match = re.fullmatch("([0-9]+)([kKMGTPE]?)", value)
+    number = int(match[1]) << 10 * " KMGTPE".index(match[2].upper() or " ") if match else 0
+    if not 0 < number < 1 << 63:
+        raise ValueError(f"'{value}' is not a size above 0")
+    return number
+
+
+def object_size(value: str) -> int:
+    number = size(value)
+    if number & (number - 1) or not 1 << 12 <= number <= 1 << 25:
+        raise ValueError(f"'{value}' is not a power of two from 4k to 32M")
+    return number
+
+
+def how_exact(value: str) -> str:
+    if value not in ("exact", "objects", "off"):
+        raise ValueError(f"'{value}' is neither 'exact' nor 'objects' nor 'off'")
+    return value
+
+
 class Parameter(NamedTuple):
     default: Any
     parse: Callable[[str], Any]
@@ -137,6 +166,13 @@ PARAMETERS = {
     "namespace": Parameter("", any_text, "namespace, where image or exports say none"),
     "image": Parameter(None, any_text, "image: a name or [pool/[namespace/]]image[@snapshot]"),
     "snapshot": Parameter(None, any_text, "snapshot of the image, served read-only"),
+    "from-snapshot": Parameter(None, any_text, "tell what has changed since this snapshot"),
+    "point-in-time": Parameter(False, yes_or_no, "serve a snapshot, taken for the first client"),
+    "extents": Parameter("exact", how_exact, "block status: exact, objects or off"),
+    "create": Parameter(None, size, "make the image with this size, if there is none"),
+    "data-pool": Parameter(None, any_text, "with create: pool for the data"),
+    "object-size": Parameter(None, object_size, "with create: bytes of an object"),
+    "features": Parameter(None, any_text, "with create: features, as rbd knows them"),
     "exports": Parameter(
         (), any_text, "images that clients may have: a glob, or !glob to deny", repeatable=True
     ),
@@ -159,28 +195,36 @@ open_file = open  # `open` is a callback of nbdkit further down
 
 
 class Spec(NamedTuple):
-    """An image, or one of its snapshots, by name."""
+    """An image, or one of its snapshots, by name; with a base, what has changed since then."""
 
     pool: str
     namespace: str
     image: str
-    snapshot: str | None
+    snapshot: str | None = None
+    base: str | None = None
 
     def __str__(self) -> str:
         path = "/".join(part for part in (self.pool, self.namespace, self.image) if part)
-        return path if self.snapshot is None else f"{path}@{self.snapshot}"
+        snapshots = "" if self.base is None else f"{self.base}.."
+        snapshots += self.snapshot or ""
+        return f"{path}@{snapshots}" if snapshots else path
 
 
 def split(text: str, what: str) -> dict[str, str]:
-    """Split `[pool/[namespace/]]image[@snapshot]` into the parts that it has."""
+    """Split `[pool/[namespace/]]image[@[base..][snapshot]]` into the parts that it has."""
     path, at, snapshot = text.partition("@")
+    base, dots, last = snapshot.partition("..")
     names = path.split("/")
-    if len(names) > 3 or not all(names) or (at and not snapshot) or re.search("[@/]", snapshot):
+    malformed = len(names) > 3 or not all(names) or re.search("[@/]", snapshot)
+    if malformed or (at and not snapshot) or (dots and (not base or ".." in last)):
         raise ExportError(
-            f"{what} '{text}' is malformed: it must be [pool/[namespace/]]image[@snapshot]"
+            f"{what} '{text}' is malformed: it must be [pool/[namespace/]]image[@snapshot],"
+            f" or image@base.. or image@base..snapshot for what has changed since then"
         )
     parts = {"image": names.pop()}
     parts.update(zip(("pool", "namespace"), names, strict=False))
+    if dots:
+        return parts | {"base": base} | ({"snapshot": last} if last else {})
     return parts | ({"snapshot": snapshot} if at else {})
 
 
@@ -262,6 +306,10 @@ class Config:
                 "parameter 'image' is missing: image=NAME says what to serve,"
                 " or exports=PATTERN which images"
             )
+        if "create" not in self.given:
+            for name in CREATION:
+                if name in self.given:
+                    raise ExportError(f"'{name}' needs 'create': it is for a new image")
         self.read_only = [self.access(text) for text in self["access"]]
         if "conf" not in self.given and os.environ.get("CEPH_CONF"):
             self.set("conf", os.environ["CEPH_CONF"])
@@ -275,16 +323,30 @@ class Config:
             if name in self.given:
                 raise ExportError(f"'image' and '{name}' exclude each other: leave one of them out")
         image = self.given.pop("image")
-        for name, part in split(image, "image").items():
+        for part_name, part in split(image, "image").items():
+            name = {"base": "from-snapshot"}.get(part_name, part_name)
             if self.given.setdefault(name, part) != part:
                 raise ExportError(
                     f"'image={image}' contradicts '{name}={self[name]}': leave one of them out"
                 )
-        self.spec = Spec(self["pool"], self["namespace"], self["image"], self["snapshot"])
+        self.spec = Spec(
+            self["pool"], self["namespace"], self["image"], self["snapshot"], self["from-snapshot"]
+        )
+        if self["point-in-time"] and self.spec.snapshot is not None:
+            raise ExportError("'snapshot' and 'point-in-time' exclude each other: leave one out")
+        if "create" in self.given:
+            for name in ("snapshot", "from-snapshot", "point-in-time"):
+                if self[name]:
+                    raise ExportError(f"'{name}' and 'create' exclude each other: leave one out")
+            if not self["probe"]:
+                raise ExportError("'create' needs the probe: leave 'probe=no' out")
 
     def complete_exports(self) -> None:
         if "snapshot" in self.given:
             raise ExportError("'snapshot' needs 'image'; exports=IMAGE@SNAPSHOT exports a snapshot")
+        for name in ("from-snapshot", "create"):
+            if name in self.given:
+                raise ExportError(f"'{name}' needs 'image': it is about one image")
         for name in ("pool", "namespace"):
             if COMMON_NAME in self[name]:
                 raise ExportError(
@@ -312,6 +374,8 @@ class Config:
     def pattern(self, text: str, parameter: str) -> Spec:
         """Return a Spec of one glob for each part, so that none crosses `/` or `@`."""
         parts = split(text, f"'{parameter}': pattern")
+        if "base" in parts:
+            raise ExportError(f"'{parameter}' has two snapshots: each needs a pattern of its own")
         for part in parts.values():
             if "[" in re.sub(r"\[!?+.[^]]*\]", "", part):
                 raise ExportError(f"'{parameter}' has a [ without its ]; [[] stands for a [")
@@ -321,13 +385,11 @@ class Config:
                 if not hasattr(nbdkit, "peer_tls_dn"):
                     raise ExportError(f"'{parameter}': {COMMON_NAME} needs nbdkit 1.42 or newer")
         pool, namespace = glob.escape(self["pool"]), glob.escape(self["namespace"])
-        return Spec(pool, namespace, "", None)._replace(**parts)
+        return Spec(pool, namespace, "")._replace(**parts)
 
     def named(self, export: str) -> Spec:
         """Return what an export name stands for."""
-        return Spec(self["pool"], self["namespace"], "", None)._replace(
-            **split(export, "export name")
-        )
+        return Spec(self["pool"], self["namespace"], "")._replace(**split(export, "export name"))
 
     def name(self, spec: Spec) -> str:
         """Return the shortest export name that stands for an image."""
@@ -345,6 +407,11 @@ class Config:
 
         The last rule that applies decides.
         """
+        if spec.base is not None:
+            whole = spec._replace(base=None)
+            return self.allows(whole, client) and self.allows(
+                whole._replace(snapshot=spec.base), client
+            )
         verdicts = [rule.allow for rule in self.rules if rule.applies(spec, client)]
         return verdicts[-1] if verdicts else False
 
@@ -375,6 +442,12 @@ class Config:
         cluster.conf_set("objecter_inflight_op_bytes", "0")
         if self["io-timeout"]:
             cluster.conf_set("rados_osd_op_timeout", str(self["io-timeout"]))
+        for name, (option, text) in CREATION.items():
+            if name in self.given:
+                try:
+                    cluster.conf_set(option, text(self[name]))
+                except rados.Error:
+                    raise ExportError(f"parameter '{name}': Ceph refuses '{self[name]}'") from None
         for option, value in self.ceph.items():
             try:
                 cluster.conf_set(option, value)
@@ -391,6 +464,13 @@ class Config:
             cluster.conf_set("keyring", ",".join(paths))
         return cluster
 
+
+# What `create` takes, and the option by which librbd knows it.
+CREATION: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "data-pool": ("rbd_default_data_pool", str),
+    "object-size": ("rbd_default_order", lambda number: str(number.bit_length() - 1)),
+    "features": ("rbd_default_features", str),
+}
 
 CONFIG = Config()
 
@@ -514,15 +594,16 @@ class Cluster:
                 read_only = True
                 image = stack.enter_context(open_image(ioctx, spec, read_only))
             key = identity(image, ioctx, spec, read_only)
-            found = (ReadOnlyImage if read_only else OpenImage)(image, ioctx, spec)
-            stack.callback(found.close)
-            with self.changed:
-                if self.fenced:
-                    raise rbd.ConnectionShutdown("fenced", errno=errno.ESHUTDOWN)
-                # One that is being closed has writes to finish first.
-                self.changed.wait_for(lambda: key not in self.images or self.images[key].users)
-                shared = self.images.setdefault(key, found)
-                shared.users += 1
+            found = None
+            shared = self.join(key, None)
+            if not shared:
+                if is_point_in_time(spec):
+                    name = stack.enter_context(point_in_time(self.rados, ioctx, spec))
+                    spec = spec._replace(snapshot=name)
+                    image = stack.enter_context(open_image(ioctx, spec, read_only))
+                found = (ReadOnlyImage if read_only else OpenImage)(self.rados, ioctx, image, spec)
+                stack.callback(found.close)
+                shared = self.join(key, found)
             try:
                 if shared is found:
                     shared.resources = stack.pop_all()
@@ -539,6 +620,19 @@ class Cluster:
                         with self.changed:
                             del self.images[key]
                             self.changed.notify_all()
+
+    def join(self, key: tuple[Any, ...], found: OpenImage | None) -> Any:
+        """Use the open image that is known by this key, or else the one found."""
+        with self.changed:
+            if self.fenced:
+                raise rbd.ConnectionShutdown("fenced", errno=errno.ESHUTDOWN)
+            # One that is being closed has writes to finish first.
+            self.changed.wait_for(lambda: key not in self.images or self.images[key].users)
+            shared = self.images.get(key, found)
+            if shared:
+                self.images[key] = shared
+                shared.users += 1
+            return shared
 
 
 SHUTDOWN = rbd.ConnectionShutdown, rados.ConnectionShutdown
@@ -610,11 +704,29 @@ def what_is_missing(ioctx: rados.Ioctx, spec: Spec) -> str:
 
 def identity(image: rbd.Image, ioctx: rados.Ioctx, spec: Spec, read_only: bool) -> tuple[Any, ...]:
     """Tell an image from all others that were, are or will be open by its name."""
-    key = (ioctx.get_pool_id(), spec.namespace, image.id(), read_only)
-    if spec.snapshot is not None:
-        return (*key, image.snap_get_id(spec.snapshot))
+    key = (ioctx.get_pool_id(), spec.namespace, image.id(), read_only, *snapshot_ids(image, spec))
     # Only an image that is open for writing hears of its resizes.
-    return (*key, image.size()) if read_only else key
+    is_fixed = spec.snapshot is not None or is_point_in_time(spec)
+    return (*key, image.size()) if read_only and not is_fixed else key
+
+
+def snapshot_ids(image: rbd.Image, spec: Spec) -> tuple[int | None, int | None]:
+    """Return the id of the snapshot, and that of the base."""
+    snapshot = None if spec.snapshot is None else image.snap_get_id(spec.snapshot)
+    if spec.base is None:
+        return snapshot, None
+    try:
+        base = image.snap_get_id(spec.base)
+    except rbd.ImageNotFound:
+        raise ExportError(
+            f"from-snapshot '{spec.base}' not found in image '{spec.image}'"
+        ) from None
+    if snapshot is not None and base >= snapshot:
+        raise ExportError(
+            f"from-snapshot '{spec.base}' is not older than snapshot '{spec.snapshot}'"
+            f" of image '{spec.image}'"
+        )
+    return snapshot, base
 
 
 class OpenImage:
@@ -622,22 +734,18 @@ class OpenImage:
 
     read_only = False
 
-    def __init__(self, image: rbd.Image, ioctx: rados.Ioctx, spec: Spec) -> None:
+    def __init__(
+        self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
+    ) -> None:
         self.image = image
-        self.resources = contextlib.ExitStack()
+        self.layer: Any = Layer(cluster, ioctx, image, *snapshot_ids(image, spec))
+        self.resources: Any = None  # what else to close with it
         self.users = 0
-        # The object map says which objects exist.  It says so of this image alone,
-        # not of a parent; its layout is right only without striping; and an
-        # image that is open read-only never hears that the map became invalid.
-        self.has_object_map = (
-            bool(image.features() & rbd.RBD_FEATURE_FAST_DIFF)
-            and image.stripe_count() == 1
-            and not has_parent(image)
-            and (not self.read_only or spec.snapshot is not None)
-        )
         # Preferred is the piece that lies in one object; NBD and nbdkit want a
         # power of two from 512 bytes to 32 MiB.  64 MiB is nbdkit's own limit.
-        self.block_size = 1, min(max(image.stripe_unit(), 4096), 32 << 20), 64 << 20
+        # But nbdcopy writes zeroes into what is smaller than the preferred block.
+        preferred = min(max(image.stripe_unit(), BLOCK), 32 << 20) if self.read_only else BLOCK
+        self.block_size = 1, preferred, 64 << 20
         config = {option["name"]: option["value"] for option in image.config_list()}
         # librbd's persistent cache acknowledges a write before it is on stable
         # storage even if the write asks for that; its flush is honest.
@@ -657,15 +765,16 @@ class OpenImage:
                 f" lose the error of a failed write: remove it, or set rbd_cache_policy=writeback"
             )
 
-    def reading(self, action: Callable[[rbd.Image], R]) -> R:
+    def reading(self, action: Callable[[Layer], R]) -> R:
         """Do what reads from the image."""
-        return action(self.image)
+        return action(self.layer)
 
     def fence(self) -> None:
-        self.image = FENCED
+        self.image = self.layer = FENCED
 
     def close(self) -> None:
-        pass
+        if not isinstance(self.layer, Fenced):
+            self.layer.close()
 
 
 class ReadOnlyImage(OpenImage):
@@ -685,55 +794,61 @@ class ReadOnlyImage(OpenImage):
 
     read_only = True
 
-    def __init__(self, image: rbd.Image, ioctx: rados.Ioctx, spec: Spec) -> None:
-        super().__init__(image, ioctx, spec)
+    def __init__(
+        self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
+    ) -> None:
+        super().__init__(cluster, ioctx, image, spec)
         self.spec = spec
-        self.ioctx = ioctx
-        self.image_id = image.id()
-        self.snapshot_id = None if spec.snapshot is None else image.snap_get_id(spec.snapshot)
-        # Its header may have changed since librbd has read it: not known yet.
-        self.current: tuple[Any, dict[str, bytes]] = image, {}
+        self.snapshot_ids = snapshot_ids(image, spec)
+        # The header may have changed since librbd has read it: not known yet.
+        self.current: tuple[Any, dict[str, bytes]] = self.layer, {}
         self.opening = threading.Lock()
-        self.header = SharedAnswer(self.ask)
+        self.header = SharedAnswer(functools.partial(self.ask, ioctx, image.id()))
 
-    def reading(self, action: Callable[[rbd.Image], R]) -> R:
+    def reading(self, action: Callable[[Layer], R]) -> R:
         while True:
-            image, header = self.current
-            result = action(image)
-            if self.header.get() == header:
-                return result
-            self.open_anew(image)
+            layer, header = self.current
+            try:
+                result = action(layer)
+            except Exception:
+                if self.header.get() == header:
+                    raise
+            else:
+                if self.header.get() == header:
+                    return result
+            self.open_anew(layer)
 
-    def ask(self) -> dict[str, bytes]:
+    def ask(self, ioctx: rados.Ioctx, image_id: str) -> dict[str, bytes]:
         """Return what says how to read the image (cls_rbd.cc has the keys)."""
-        keys = ["size", "parent", "features", "migration"]
-        if self.snapshot_id is not None:
-            keys.append(f"snapshot_{self.snapshot_id:016x}")
-        answer = ask_header(self.ioctx, self.image_id, keys)
+        snapshots = [f"snapshot_{number:016x}" for number in self.snapshot_ids if number]
+        answer = ask_header(
+            ioctx, image_id, ["size", "parent", "features", "migration", *snapshots]
+        )
         try:
-            if self.snapshot_id is None:
-                image_name(self.ioctx, self.image_id)
+            if self.snapshot_ids[0] is None:
+                image_name(ioctx, image_id)
         except rados.ObjectNotFound:
             raise self.gone() from None
         finally:
             header = answer()
-        if not header or (self.snapshot_id is not None and keys[-1] not in header):
+        if not header or not header.keys() >= set(snapshots):
             raise self.gone()
         return header
 
-    def open_anew(self, known: Any) -> None:
+    def open_anew(self, known: Layer) -> None:
         with self.opening:
             if self.current[0] is not known:
                 return  # somebody else has done it
-            header = self.ask()
-            image = rbd.Image(self.ioctx, image_id=self.image_id, read_only=True)
-            if self.snapshot_id is not None:
-                kind = image.snap_get_namespace_type(self.snapshot_id)
-                if kind != rbd.RBD_SNAP_NAMESPACE_TYPE_USER:
+            header = self.header.ask()
+            image = rbd.Image(known.ioctx, image_id=known.image_id, read_only=True)
+            for number in self.snapshot_ids:
+                if number and image.snap_get_namespace_type(number) != USER_SNAPSHOT:
                     raise self.gone()  # to the trash
-                image.set_snap_by_id(self.snapshot_id)
+            if self.snapshot_ids[0]:
+                image.set_snap_by_id(self.snapshot_ids[0])
+            layer = Layer(known.cluster, known.ioctx, image, *self.snapshot_ids)
             # The former one is closed when the last request has let go of it.
-            self.current = image, header
+            self.current = layer, header
 
     def gone(self) -> ExportError:
         return ExportError(f"image '{self.spec}' has been removed while it was open")
@@ -743,8 +858,12 @@ class ReadOnlyImage(OpenImage):
         self.current = FENCED, {}
 
     def close(self) -> None:
+        super().close()
         if not isinstance(self.current[0], Fenced):
             self.current[0].close()
+
+
+USER_SNAPSHOT = rbd.RBD_SNAP_NAMESPACE_TYPE_USER  # not one of a mirror, group or the trash
 
 
 class SharedAnswer:
@@ -839,6 +958,79 @@ def decoded(data: bytes, layout: str) -> list[Any]:
     return values
 
 
+# ---- points in time, and new images ------------------------------------------
+
+
+def is_point_in_time(spec: Spec) -> bool:
+    return CONFIG["point-in-time"] and spec.snapshot is None
+
+
+@contextlib.contextmanager
+def point_in_time(cluster: rados.Rados, ioctx: rados.Ioctx, spec: Spec) -> Iterator[str]:
+    """Take a snapshot, and remove it at the end.
+
+    Its name tells the client of the cluster that made it, which has the image open for
+    writing as long: while that client watches the image, the snapshot is in use.
+    """
+    with open_image(ioctx, spec._replace(base=None), read_only=False) as image:
+        remove_left_overs(image)
+        now = datetime.datetime.now(datetime.UTC)
+        name = f"rbd_export-{now:%Y%m%dT%H%M%S.%fZ}-{HOST}-client{cluster.get_instance_id()}"
+        try:
+            image.create_snap(name)
+        except rbd.Error as error:
+            raise ExportError(f"cannot take a snapshot of image '{spec}': {error}") from None
+        try:
+            yield name
+        finally:
+            image.remove_snap(name)
+
+
+# Without what has a meaning in an export name.
+HOST = re.sub("[^A-Za-z0-9-]", "_", socket.gethostname())
+
+
+def remove_left_overs(image: rbd.Image) -> None:
+    """Remove the snapshots for points in time whose makers are gone.
+
+    Snapshots first, then watchers: who takes one watches already.
+    """
+    made = [
+        (snapshot["name"], match[1])
+        for snapshot in image.list_snaps()
+        if snapshot["namespace"] == USER_SNAPSHOT
+        and (match := re.fullmatch(r"rbd_export-[0-9T.]+Z-.*-client(\d+)", snapshot["name"]))
+    ]
+    watching = {watcher["id"] for watcher in image.watchers_list()} if made else set()
+    for name, client in made:
+        if int(client) not in watching:
+            try:
+                image.remove_snap(name)
+            except rbd.ImageNotFound:
+                pass  # somebody else has
+            except (rbd.ImageBusy, rbd.PermissionError) as error:
+                log_error(f"the left-over snapshot '{name}' cannot be removed: {error}")
+
+
+def create_image(cluster: rados.Rados, spec: Spec) -> None:
+    """Make the image, with the options that Config.rados has set, if there is none."""
+    wanted, pool = CONFIG["create"], CONFIG["data-pool"]
+    if pool and not cluster.pool_exists(pool):
+        raise ExportError(f"pool '{pool}' (data-pool) not found")
+    with open_pool(cluster, spec) as ioctx:
+        try:
+            rbd.RBD().create(ioctx, spec.image, wanted, old_format=False)
+        except rbd.ImageExists:
+            with open_image(ioctx, spec, read_only=True) as image:
+                if image.size() != wanted:
+                    raise ExportError(
+                        f"image '{spec}' exists with {image.size()} bytes,"
+                        f" not the {wanted} of 'create'"
+                    ) from None
+        except rbd.Error as error:
+            raise ExportError(f"cannot create image '{spec}': {error}") from None
+
+
 class Fenced:
     """Stands in for an image that the cluster has fenced: refuses everything.
 
@@ -899,14 +1091,6 @@ def description(spec: Spec) -> str:
     return f"RBD image {spec}"
 
 
-def has_parent(image: rbd.Image) -> bool:
-    try:
-        image.parent_id()
-    except rbd.ImageNotFound:
-        return False
-    return True
-
-
 def is_non_primary(image: rbd.Image) -> bool:
     mirror = image.mirror_image_get_info()
     return mirror["state"] == rbd.RBD_MIRROR_IMAGE_ENABLED and not mirror["primary"]
@@ -947,7 +1131,7 @@ def requested(read_only: bool) -> tuple[Spec, bool]:
                 f"export '{name}' refused: 'exports' does not allow it"
                 + (hint if CONFIG.for_each_client() else "")
             )
-    read_only |= spec.snapshot is not None
+    read_only |= spec.snapshot is not None or spec.base is not None or CONFIG["point-in-time"]
     read_only |= any(rule.applies(spec, client) for rule in CONFIG.read_only)
     return spec, read_only
 
@@ -1005,7 +1189,7 @@ def allowed_exports() -> list[tuple[str, str]]:
         for pool in cluster.rados.list_pools():
             for namespace in namespaces(cluster, pool, client):
                 try:
-                    with open_pool(cluster.rados, Spec(pool, namespace, "", None)) as ioctx:
+                    with open_pool(cluster.rados, Spec(pool, namespace, "")) as ioctx:
                         for spec, size, parent in images(ioctx, pool, namespace, client):
                             clone = clone_of(*parent) if parent else ""
                             exports[CONFIG.name(spec)] = f"{size} bytes{clone}"
@@ -1040,7 +1224,7 @@ def namespaces(cluster: Cluster, pool: str, client: str | None) -> list[str]:
         found.add(literal(rule.pattern.namespace.replace(COMMON_NAME, common_name)) or "")
     with (
         contextlib.suppress(*NOT_FOR_US, UnicodeDecodeError),
-        open_pool(cluster.rados, Spec(pool, "", "", None)) as ioctx,
+        open_pool(cluster.rados, Spec(pool, "", "")) as ioctx,
     ):
         found |= set(rbd.RBD().namespace_list(ioctx))
     return [namespace for namespace in found if CONFIG.reaches(client, pool, namespace)]
@@ -1054,7 +1238,7 @@ def images(
     What cannot be read has vanished since it was listed, or is not for our key.
     """
     ids = {
-        Spec(pool, namespace, image["name"], None): image["id"]
+        Spec(pool, namespace, image["name"]): image["id"]
         for image in rbd.RBD().list2(ioctx)
         if is_nameable(image["name"])
     }
@@ -1071,7 +1255,7 @@ def images(
         if any(key.startswith("snapshot_") for key in header):
             for name, size in snapshots(ioctx, spec):
                 snapshot = spec._replace(snapshot=name)
-                if is_nameable(name) and CONFIG.allows(snapshot, client):
+                if is_nameable(name) and ".." not in name and CONFIG.allows(snapshot, client):
                     yield snapshot, size, []
 
 
@@ -1092,7 +1276,7 @@ def snapshots(ioctx: rados.Ioctx, spec: Spec) -> list[tuple[str, int]]:
         return [
             (snapshot["name"], snapshot["size"])
             for snapshot in image.list_snaps()
-            if snapshot["namespace"] == rbd.RBD_SNAP_NAMESPACE_TYPE_USER
+            if snapshot["namespace"] == USER_SNAPSHOT
         ]
     return []
 
@@ -1131,8 +1315,8 @@ def parent_name(
     """Describe a clone, and name its parent to who may have it."""
     with contextlib.suppress(*NOT_FOR_US, UnicodeDecodeError):
         name = cluster.rados.pool_reverse_lookup(pool) or ""
-        with open_pool(cluster.rados, Spec(name, namespace, "", None)) as ioctx:
-            parent = Spec(name, namespace, image_name(ioctx, image), None)
+        with open_pool(cluster.rados, Spec(name, namespace, "")) as ioctx:
+            parent = Spec(name, namespace, image_name(ioctx, image))
             taken = parent._replace(snapshot=snapshot_name(ioctx, image, snapshot))
             if CONFIG.allows(parent, client) or CONFIG.allows(taken, client):
                 return f", clone of {printable(str(taken))}"
@@ -1203,7 +1387,7 @@ def probe(writer: int) -> NoReturn:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(CONFIG["connect-timeout"] + 1)
         if CONFIG.spec:
-            Handle(CONFIG.spec, read_only=True).close()
+            probe_image(CONFIG.spec)
         else:
             probe_exports()
         status = 0
@@ -1213,13 +1397,24 @@ def probe(writer: int) -> NoReturn:
         os._exit(status)
 
 
+def probe_image(spec: Spec) -> None:
+    with Cluster.use() as cluster, open_pool(cluster.rados, spec) as ioctx:
+        if CONFIG["create"]:
+            create_image(cluster.rados, spec)
+        if is_point_in_time(spec):
+            with open_image(ioctx, spec._replace(base=None), read_only=False) as image:
+                remove_left_overs(image)
+        with open_image(ioctx, spec, read_only=True) as image:
+            OpenImage(cluster.rados, ioctx, image, spec).close()
+
+
 def probe_exports() -> None:
     """Look for the pools and namespaces that are named, and for the default export."""
     with Cluster.use() as cluster:
         for rule in CONFIG.rules:
             pool, namespace = literal(rule.pattern.pool), literal(rule.pattern.namespace)
             if rule.allow and pool is not None and namespace is not None:
-                with open_pool(cluster.rados, Spec(pool, namespace, "", None)) as ioctx:
+                with open_pool(cluster.rados, Spec(pool, namespace, "")) as ioctx:
                     probe_pool(ioctx, pool, namespace)
     default = CONFIG["default-export"]
     if default and not CONFIG.for_each_client():
@@ -1235,7 +1430,7 @@ def probe_pool(ioctx: rados.Ioctx, pool: str, namespace: str) -> None:
     except UnicodeDecodeError:
         pass  # the list of exports tells
     except rbd.PermissionError:
-        where = Spec(pool, namespace, "", None)
+        where = Spec(pool, namespace, "")
         raise ExportError(f"no permission to list the images of '{where}'") from None
 
 
@@ -1395,7 +1590,7 @@ def can_fua(h: Handle) -> int:
 
 
 def can_extents(h: Handle) -> bool:
-    return True
+    return CONFIG["extents"] != "off"
 
 
 def can_multi_conn(h: Handle) -> bool:
@@ -1445,7 +1640,7 @@ def pieces(offset: int, count: int) -> Iterator[tuple[int, int]]:
 @request
 def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     # Raises when librbd read less, as it does past the end of a shrunk image.
-    buf[:] = h.shared.reading(lambda image: image.read(offset, len(buf)))
+    buf[:] = h.shared.reading(lambda layer: layer.image.read(offset, len(buf)))
 
 
 @request
@@ -1485,57 +1680,442 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
 
 @request
 def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
-    """Say where data may be; all else reads as zeroes and takes no space."""
-    result = []
-    position, end = offset, offset + count
-    ranges = h.shared.reading(
-        lambda image: list(allocated(image, h.shared.has_object_map, offset, end))
+    """Say where data may be, and what is known of the rest (NBD's base:allocation).
+
+    With REQ_ONE a client uses the first extent only, and asks again behind it.
+    """
+    end = offset + count
+    one = bool(flags & nbdkit.FLAG_REQ_ONE)
+
+    def look(layer: Layer) -> list[tuple[int, int, int]]:
+        found: list[tuple[int, int, int]] = []
+        for start, stop, kind in layer.status(offset - offset % BLOCK, end + -end % BLOCK):
+            start, stop = max(start, offset), min(stop, end)
+            if found and found[-1][2] == kind:
+                found[-1] = found[-1][0], stop - found[-1][0], kind
+            elif one and found:
+                break
+            else:
+                found.append((start, stop - start, kind))
+        return found
+
+    return h.shared.reading(look)
+
+
+# ---- where data may be -------------------------------------------------------
+
+# qemu-img takes what begins in a sector of 512 bytes for all of it, and other clients
+# have larger ones: no extent ends within a block of this many bytes.
+BLOCK = 4096
+
+DATA = 0
+HOLE = nbdkit.EXTENT_HOLE
+ZERO = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+
+# Start and stop in bytes; in order and disjoint, unless it says otherwise.
+Ranges = list[tuple[int, int]]
+
+
+def combine(wanted: Callable[..., bool], *several: Ranges) -> Ranges:
+    """Return where `wanted` holds, told for each of several whether the place is in it.
+
+    They may be in any order and overlap.
+    """
+    edges = sorted(
+        (place, number, step)
+        for number, ranges in enumerate(several)
+        for start, stop in ranges
+        for place, step in ((start, 1), (stop, -1))
     )
-    for start, stop in ranges:
-        if start > position:
-            result.append((position, start - position, HOLE))
-        result.append((start, stop - start, DATA))
-        position = stop
-    if position < end:
-        result.append((position, end - position, HOLE))
+    result: Ranges = []
+    depth = [0] * len(several)
+    began = None
+    for place, group in itertools.groupby(edges, key=operator.itemgetter(0)):
+        for _, number, step in group:
+            depth[number] += step
+        inside = wanted(*map(bool, depth))
+        if inside and began is None:
+            began = place
+        elif not inside and began is not None:
+            result.append((began, place))
+            began = None
     return result
 
 
-DATA = 0
-HOLE = nbdkit.EXTENT_HOLE | nbdkit.EXTENT_ZERO
+def union(*several: Ranges) -> Ranges:
+    return combine(lambda *inside: any(inside), *several)
 
 
-def allocated(
-    image: rbd.Image, has_object_map: bool, start: int, end: int
-) -> Iterator[tuple[int, int]]:
-    """Yield the ranges within start..end that exist, in order and disjoint."""
-    size = image.size()
-    if start < size:
-        objects = [(start, min(end, size))]
-        if has_object_map:
-            # Looking into each object of a large image takes minutes: first see
-            # which ones exist at all.
-            objects = diff(image, *objects[0], whole_object=True)
-        for low, high in objects:
-            yield from diff(image, low, high, whole_object=False)
-    if size < end:
-        # The image has shrunk.  What is no longer there is for reads to report.
-        yield max(start, size), end
+def difference(ranges: Ranges, other: Ranges) -> Ranges:
+    return combine(lambda a, b: a and not b, ranges, other)
 
 
-def diff(image: rbd.Image, start: int, end: int, whole_object: bool) -> list[tuple[int, int]]:
-    """Return the ranges that librbd's diff_iterate calls existing, merged."""
-    found: list[tuple[int, int]] = []
+def intersection(ranges: Ranges, other: Ranges) -> Ranges:
+    return combine(lambda a, b: a and b, ranges, other)
 
-    def add(offset: int, length: int, exists: bool) -> None:
-        if exists:
-            found.append((max(offset, start), min(offset + length, end)))
 
-    image.diff_iterate(start, end - start, None, add, True, whole_object)
-    merged: list[tuple[int, int]] = []
-    for low, high in sorted(found):
-        if merged and low <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(merged[-1][1], high)
-        elif low < high:
-            merged.append((low, high))
-    return merged
+def within(ranges: Ranges, low: int, high: int) -> Ranges:
+    first = bisect.bisect_right(ranges, low, key=operator.itemgetter(1))
+    last = bisect.bisect_left(ranges, high, key=operator.itemgetter(0))
+    return [(max(start, low), min(stop, high)) for start, stop in ranges[first:last]]
+
+
+def outward(ranges: Ranges, unit: int) -> Ranges:
+    return union([(start - start % unit, stop + -stop % unit) for start, stop in ranges])
+
+
+def growing(low: int, high: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Cut a range at multiples of the unit, into ever longer pieces."""
+    count = 1
+    while low < high:
+        stop = min(low - low % unit + count * unit, high)
+        yield low, stop
+        low, count = stop, count * 8
+
+
+class Layer:
+    """An image, or a snapshot of one, as block status looks at it: without its parent.
+
+    The parent of a clone is a layer of its own below it.  librbd's diff_iterate would
+    look there too (include_parent), but it takes an error from there for a hole
+    (ObjectListSnapsRequest::handle_list_from_parent).
+
+    An answer takes two steps.  The object map tells which objects exist at all, in one
+    request; without one that can be trusted, all are candidates.  Then librbd looks into
+    the candidates (list_snaps of each object).
+
+    With a base, an earlier snapshot of the same image, the answer is what has changed
+    since then.
+    """
+
+    def __init__(
+        self,
+        cluster: rados.Rados,
+        ioctx: rados.Ioctx,
+        image: rbd.Image,
+        snapshot_id: int | None,
+        base_id: int | None = None,
+    ) -> None:
+        self.cluster = cluster
+        self.ioctx = ioctx
+        self.image = image
+        self.image_id = image.id()
+        self.snapshot_id = snapshot_id
+        self.base: Layer | None = None
+        self.since: str | None = None
+        if base_id is not None:
+            snapshot = open_by_id(ioctx, self.image_id, base_id)
+            self.base = Layer(cluster, ioctx, snapshot, base_id)
+            self.since = image.snap_get_name(base_id)
+        # With striping the objects of a period share its bytes; a period is what
+        # diff_iterate looks at in one piece.
+        self.striped = image.stripe_count() > 1
+        self.period = image.stat()["obj_size"] * image.stripe_count()
+        # Whose data comes from a place that librbd does not tell of.
+        self.opaque = bool(image.features() & rbd.RBD_FEATURE_MIGRATING)
+        self.lock = threading.Lock()
+        self.below: tuple[Any, Layer] | None = None
+        # A snapshot does not change, so what is known of it stays: its objects, and
+        # what is in them by number of period.
+        self.objects_known: dict[str | None, Ranges] = {}
+        self.known: dict[tuple[str | None, int], Ranges] = {}
+        self.maps = ObjectMaps(ioctx.dup(), self.image_id)
+
+    def close(self) -> None:
+        for layer in (self.base, self.below and self.below[1]):
+            if layer:
+                layer.close()
+        self.image.close()
+
+    def status(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
+        """Yield start, stop and kind of adjoining extents that cover low..high."""
+        size = self.image.size()
+        end = min(high, size)
+        unlisted = HOLE if self.base else ZERO
+        position = low
+        for first, last in [*self.candidates(low, end), (end, end)]:
+            if position < first:
+                yield position, first, unlisted
+            for start, stop in growing(first, last, self.period):
+                existing = self.existing(start, stop)
+                present = outward(existing, BLOCK)
+                touched = outward(self.changed(start, stop, existing), BLOCK)
+                kinds = (
+                    (DATA, intersection(touched, present)),
+                    (ZERO, difference(touched, present)),
+                    (HOLE, difference([(start, stop)], touched)),
+                )
+                yield from sorted(
+                    (a, b, kind) for kind, ranges in kinds for a, b in within(ranges, start, stop)
+                )
+            position = last
+        if end < high:
+            # The image has shrunk.  What is no longer there is for reads to report.
+            yield max(low, end), high, DATA
+
+    def candidates(self, low: int, high: int) -> Ranges:
+        """Return where the status may be anything but that of all the rest."""
+        if low >= high or self.opaque:
+            return [(low, high)] if low < high else []
+        objects = self.objects(low, high, self.since)
+        if self.base:
+            if objects is None:
+                # What has changed exists now, or did then.
+                objects = self.present(low, high) + self.base.present(
+                    low, min(high, self.base.image.size())
+                )
+            # A clone that shrank has lost more of its parent, without a trace in the
+            # objects; and what it has grown by since then was nothing.
+            overlap, size = self.image.overlap(), self.base.image.size()
+            lost = overlap, max(overlap, self.base.image.overlap())
+            return within(union(objects, [lost, (size, max(size, high))]), low, high)
+        return self.present(low, high)
+
+    def present(self, low: int, high: int) -> Ranges:
+        """Return where objects are, of this layer or of one below."""
+        if low >= high or self.opaque:
+            return [(low, high)] if low < high else []
+        objects = self.objects(low, high, None)
+        if objects is None:
+            return [(low, high)]
+        return union(
+            objects, self.inherited(lambda overlap: [(low, min(high, overlap))], Layer.present)
+        )
+
+    def existing(self, low: int, high: int) -> Ranges:
+        """Return where data may be: what is written, here or in a layer below."""
+        if self.opaque:
+            return [(low, high)]
+        own: Ranges = []
+
+        def below(overlap: int) -> Ranges:
+            nonlocal own
+            own = self.listed(low, high, None)
+            # An object hides all of the parent below it.
+            hidden = own if self.striped else outward(own, self.period)
+            return difference([(low, max(low, min(high, overlap)))], hidden)
+
+        inherited = self.inherited(below, Layer.written)
+        return within(union(own, inherited), low, high)
+
+    def written(self, low: int, high: int) -> Ranges:
+        return union(*(self.existing(*candidate) for candidate in self.present(low, high)))
+
+    def inherited(
+        self, where: Callable[[int], Ranges], ask: Callable[[Layer, int, int], Ranges]
+    ) -> Ranges:
+        """Return what the layer below says of some ranges, which depend on the overlap."""
+        while True:
+            parent = self.inheritance()
+            try:
+                found = [ask(self.parent(), *run) for run in where(parent[0]) if parent[0] > run[0]]
+            except Exception:
+                if self.inheritance() == parent:
+                    raise
+                continue
+            # The clone may have been flattened meanwhile, and its parent be gone.
+            if self.inheritance() == parent:
+                return union(*found)
+
+    def changed(self, low: int, high: int, existing: Ranges) -> Ranges:
+        """Return where the content may differ from that of the base."""
+        if not self.base:
+            return [(low, high)]
+        size = self.base.image.size()
+        before = self.base.written(low, min(high, size))
+        touched = [*self.listed(low, high, self.since), (size, max(high, size))]
+        # librbd does not tell of all that went, nor of all that came.
+        return within(
+            combine(lambda was, now, new: new or was != now, before, existing, touched), low, high
+        )
+
+    def inheritance(self) -> tuple[Any, ...]:
+        """Return the number of bytes that come from the parent, and who that is."""
+        overlap = self.image.overlap()
+        if not overlap:
+            return (0,)
+        spec = self.image.get_parent_image_spec()
+        return overlap, self.image.parent_id(), spec["pool_name"], spec["pool_namespace"]
+
+    def parent(self) -> Layer:
+        with self.lock:
+            key = self.inheritance()[1:]
+            if self.below is None or self.below[0] != key:
+                header = ask_header(self.ioctx, self.image_id, ["parent"])()
+                parent = parent_of(header.get("parent"))
+                if not parent:
+                    raise ExportError(f"the header of image {self.image_id} names no parent")
+                pool, namespace, image_id, snapshot_id = parent
+                ioctx = self.cluster.open_ioctx2(pool)
+                ioctx.set_namespace(namespace)
+                image = open_by_id(ioctx, image_id, snapshot_id)
+                self.below = key, Layer(self.cluster, ioctx, image, snapshot_id)
+            return self.below[1]
+
+    def objects(self, low: int, high: int, since: str | None) -> Ranges | None:
+        """Return the objects that exist, or have changed, by the object maps.
+
+        None if these cannot be trusted.
+        """
+        if self.snapshot_id is None:
+            return self.mapped(low, high, since)
+        known = self.objects_known.get(since)
+        if known is None:
+            known = self.mapped(0, self.image.size(), since)
+            if known is None:
+                return None
+            self.objects_known[since] = known
+        return within(known, low, high)
+
+    def mapped(self, low: int, high: int, since: str | None) -> Ranges | None:
+        if self.striped or (since and self.snapshot_id is None):
+            return None
+        return self.maps.while_valid(
+            [self.snapshot_id] if since is None else self.snapshots_since(since),
+            lambda: within(self.diff(low, high, since, whole_object=True), low, high),
+        )
+
+    def snapshots_since(self, since: str) -> list[int | None]:
+        first, last = self.image.snap_get_id(since), self.snapshot_id
+        numbers = sorted(snapshot["id"] for snapshot in self.image.list_snaps())
+        return [number for number in numbers if first <= number <= last]
+
+    def listed(self, low: int, high: int, since: str | None) -> Ranges:
+        """Return what is written in whole periods, or has been touched since then."""
+        if CONFIG["extents"] == "objects":
+            objects = self.objects(low, high, since)
+            if objects is not None:
+                return objects
+        if self.snapshot_id is None:
+            return self.look(low, high, since)
+        periods = range(low // self.period, -(-high // self.period))
+        # Others add to it meanwhile, or clear it.
+        known = {
+            key: found
+            for key in ((since, number) for number in periods)
+            if (found := self.known.get(key)) is not None
+        }
+        unknown = [
+            (number * self.period, (number + 1) * self.period)
+            for number in periods
+            if (since, number) not in known
+        ]
+        for first, last in union(unknown):
+            found = self.look(first, last, since)
+            for start in range(first, last, self.period):
+                known[since, start // self.period] = within(found, start, start + self.period)
+        if len(self.known) > MAX_KNOWN:
+            self.known.clear()
+        self.known.update(known)
+        return union(*(known[since, number] for number in periods))
+
+    def look(self, low: int, high: int, since: str | None) -> Ranges:
+        found = self.diff(low, high, since, whole_object=False)
+        if not self.striped:
+            return found
+        # Of several objects in one piece, librbd forgets the error of one if another
+        # has answered (C_DiffObject::finish): ask again for each by itself.
+        unit = self.image.stripe_unit()
+        return union(
+            *(
+                self.diff(start, start + unit, since, whole_object=False)
+                for first, last in outward(found, self.period)
+                for start in range(first, last, unit)
+            )
+        )
+
+    def diff(self, low: int, high: int, since: str | None, whole_object: bool) -> Ranges:
+        """Return what librbd's diff_iterate tells of whole objects.
+
+        Since a snapshot: what it tells of at all.
+        """
+        found: Ranges = []
+
+        def add(offset: int, length: int, exists: bool) -> None:
+            if exists or since is not None:
+                found.append((offset, offset + length))
+
+        if not self.striped:
+            low, high = low - low % self.period, high + -high % self.period
+        high = min(high, self.image.size())
+        if low < high:  # librbd 16.2 aborts on an empty range
+            self.image.diff_iterate(low, high - low, since, add, False, whole_object)
+        return union(found)
+
+
+# Periods of a snapshot about which an open image remembers what it has learned: 64 GiB
+# of data in objects of 4 MiB, and a few megabytes of memory.
+MAX_KNOWN = 16384
+
+
+class ObjectMaps:
+    """The object maps of an image and its snapshots: whether they can be trusted.
+
+    Their flags stand in the header.  librbd does not hear of changes to the header of
+    an image that is open read-only, and takes a map that is missing between two
+    snapshots for one without changes.
+    """
+
+    def __init__(self, ioctx: rados.Ioctx, image_id: str) -> None:
+        self.ioctx = ioctx  # for nothing else: it remembers the version of what it read
+        self.image_id = image_id
+        self.lock = threading.Lock()
+        self.state: dict[tuple[int | None, ...], Any] = {}
+
+    def while_valid(self, snapshots: list[int | None], action: Callable[[], R]) -> R | None:
+        """Return the result of an action during which the maps were valid, or None."""
+        key = tuple(snapshots)
+        state = self.state.get(key) or self.ask(snapshots)
+        for _ in range(3):
+            if state is None:
+                return None
+            before = state
+            result = action()
+            state = self.state[key] = self.ask(snapshots)
+            if state == before:
+                return result
+        return None
+
+    def ask(self, snapshots: list[int | None]) -> Any:
+        """Return what is the same as long as the maps were valid in between, or None."""
+        header = f"rbd_header.{self.image_id}"
+        ids = [NOSNAP if number is None else number for number in snapshots]
+        try:
+            with self.lock:
+                _, features = self.ioctx.execute(
+                    header, "rbd", "get_features", struct.pack("<QB", NOSNAP, 1)
+                )
+                (valid,) = decoded(features, "Q")
+                if not valid & rbd.RBD_FEATURE_FAST_DIFF:
+                    tell_once(f"image {self.image_id} has no fast-diff: {SLOW}")
+                    return None
+                for number in ids:
+                    _, flags = self.ioctx.execute(
+                        header, "rbd", "get_flags", struct.pack("<Q", number)
+                    )
+                    if any(flags):
+                        tell_once(f"an object map of image {self.image_id} is invalid: {SLOW}")
+                        return None
+                version = self.ioctx.get_last_version()
+                # A map goes before the header changes.
+                for number in ids:
+                    suffix = "" if number == NOSNAP else f".{number:016x}"
+                    self.ioctx.stat(f"rbd_object_map.{self.image_id}{suffix}")
+        except rados.ObjectNotFound:
+            return None
+        return version, valid
+
+
+NOSNAP = (1 << 64) - 2
+SLOW = "block status has to look into each of its objects"
+
+
+@functools.cache
+def tell_once(text: str) -> None:
+    log_error(text)
+
+
+def open_by_id(ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> rbd.Image:
+    image = rbd.Image(ioctx, image_id=image_id, read_only=True)
+    image.set_snap_by_id(snapshot_id)
+    return image

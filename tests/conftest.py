@@ -365,6 +365,18 @@ def extents(client, offset, length):
     return found
 
 
+def in_blocks(ranges, size):
+    """Widen (offset, length) pairs to whole blocks of 4 KiB, merged, as block status has them."""
+    merged = []
+    for offset, length in sorted(ranges):
+        start, stop = offset - offset % 4096, min(offset + length + -(offset + length) % 4096, size)
+        if merged and start <= sum(merged[-1]):
+            merged[-1] = merged[-1][0], max(stop, sum(merged[-1])) - merged[-1][0]
+        else:
+            merged.append((start, stop - start))
+    return merged
+
+
 def data_extents(client, offset, length):
     return [(start, size) for start, size, flags in extents(client, offset, length) if flags == 0]
 

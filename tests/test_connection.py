@@ -56,16 +56,20 @@ def test_the_cache_policy_of_the_image_itself_counts(servers, image, cluster):
     ("order", "stripe_unit", "preferred"),
     [(22, 0, 4 * MIB), (25, 0, 32 * MIB), (12, 0, 4096), (22, 65536, 65536), (22, 1024, 4096)],
 )
-def test_the_preferred_block_size_is_what_lies_in_one_object(
+def test_a_reader_prefers_what_lies_in_one_object_and_a_writer_4_kib(
     servers, images, order, stripe_unit, preferred
 ):
     image = images.create(
         order=order, stripe_unit=stripe_unit, stripe_count=4 if stripe_unit else 0
     )
-    client = servers(image).start().connect()
-    assert client.get_block_size(nbd.SIZE_MINIMUM) == 1
-    assert client.get_block_size(nbd.SIZE_PREFERRED) == preferred
-    assert client.get_block_size(nbd.SIZE_MAXIMUM) == 64 * MIB
+    server, writable = servers(image), servers(image)
+    server.options = ["-r"]
+    for export, best in (server, preferred), (writable, 4096):
+        client = export.start().connect()
+        assert client.get_block_size(nbd.SIZE_MINIMUM) == 1
+        # nbdcopy would write out whole blocks of zeroes if it was more.
+        assert client.get_block_size(nbd.SIZE_PREFERRED) == best
+        assert client.get_block_size(nbd.SIZE_MAXIMUM) == 64 * MIB
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 4 * MIB + 1, 16 * GIB + 3])
