@@ -1418,7 +1418,7 @@ def probe_exports() -> None:
                     probe_pool(ioctx, pool, namespace)
     default = CONFIG["default-export"]
     if default and not CONFIG.for_each_client():
-        Handle(CONFIG.named(default), read_only=True).close()
+        probe_image(CONFIG.named(default))
 
 
 def probe_pool(ioctx: rados.Ioctx, pool: str, namespace: str) -> None:
@@ -1865,7 +1865,7 @@ class Layer:
                     low, min(high, self.base.image.size())
                 )
             # A clone that shrank has lost more of its parent, without a trace in the
-            # objects; and what it has grown by since then was nothing.
+            # object maps; and what an image has grown by since then was nothing.
             overlap, size = self.image.overlap(), self.base.image.size()
             lost = overlap, max(overlap, self.base.image.overlap())
             return within(union(objects, [lost, (size, max(size, high))]), low, high)
@@ -2079,34 +2079,31 @@ class ObjectMaps:
     def ask(self, snapshots: list[int | None]) -> Any:
         """Return what is the same as long as the maps were valid in between, or None."""
         header = f"rbd_header.{self.image_id}"
-        ids = [NOSNAP if number is None else number for number in snapshots]
         try:
-            with self.lock:
-                _, features = self.ioctx.execute(
-                    header, "rbd", "get_features", struct.pack("<QB", NOSNAP, 1)
-                )
-                (valid,) = decoded(features, "Q")
-                if not valid & rbd.RBD_FEATURE_FAST_DIFF:
+            with self.lock, rados.ReadOpCtx() as operation:
+                found, _ = self.ioctx.get_omap_vals_by_keys(operation, ("features", "flags"))
+                self.ioctx.operate_read_op(operation, header)
+                version = self.ioctx.get_last_version()
+                values = dict(found)
+                if not decoded(values["features"], "Q")[0] & rbd.RBD_FEATURE_FAST_DIFF:
                     tell_once(f"image {self.image_id} has no fast-diff: {SLOW}")
                     return None
-                for number in ids:
-                    _, flags = self.ioctx.execute(
-                        header, "rbd", "get_flags", struct.pack("<Q", number)
-                    )
-                    if any(flags):
-                        tell_once(f"an object map of image {self.image_id} is invalid: {SLOW}")
-                        return None
-                version = self.ioctx.get_last_version()
-                # A map goes before the header changes.
-                for number in ids:
-                    suffix = "" if number == NOSNAP else f".{number:016x}"
-                    self.ioctx.stat(f"rbd_object_map.{self.image_id}{suffix}")
+                flags = [values.get("flags", b"")] if None in snapshots else []
+                for number in filter(None, snapshots):
+                    argument = struct.pack("<Q", number)
+                    flags.append(self.ioctx.execute(header, "rbd", "get_flags", argument)[1])
+                    if len(snapshots) > 1:
+                        # A map goes before the header changes.  librbd takes no notice
+                        # if it is one in between.
+                        self.ioctx.stat(f"rbd_object_map.{self.image_id}.{number:016x}")
+                if any(map(any, flags)):
+                    tell_once(f"an object map of image {self.image_id} is invalid: {SLOW}")
+                    return None
         except rados.ObjectNotFound:
             return None
-        return version, valid
+        return version, values
 
 
-NOSNAP = (1 << 64) - 2
 SLOW = "block status has to look into each of its objects"
 
 

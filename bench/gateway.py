@@ -19,37 +19,17 @@ import platform
 import subprocess
 import tempfile
 import time
-import uuid
 
 import nbd
 import psutil
-import rados
 import rbd
-import tenacity
+from common import MIB, PLUGIN, ceph, new_pool, wait_until
 from tabulate import tabulate
-
-PLUGIN = pathlib.Path(__file__).resolve().parent.parent / "rbd_export.py"
-MIB = 1 << 20
-
-
-def wait_until(condition):
-    tenacity.Retrying(
-        retry=tenacity.retry_if_not_result(bool),
-        wait=tenacity.wait_fixed(0.01),
-        stop=tenacity.stop_after_delay(300),
-    )(condition)
-
-
-def ceph(*words):
-    return subprocess.run(["ceph", *words], check=True, capture_output=True, text=True).stdout
 
 
 @contextlib.contextmanager
 def pool_of(count, data=b""):
     """A pool with this many images of 64 MiB; gives its name, theirs and an ioctx."""
-    pool = f"rbd_export_bench-{uuid.uuid4().hex[:8]}"
-    ceph("osd", "pool", "create", pool, "8")
-    subprocess.run(["rbd", "pool", "init", pool], check=True)
     names = [f"image-{number:05}" for number in range(count)]
 
     def create(name):
@@ -58,16 +38,10 @@ def pool_of(count, data=b""):
             with rbd.Image(ioctx, name) as image:
                 image.write(data, 0)
 
-    try:
-        with (
-            rados.Rados(conffile=os.environ["CEPH_CONF"], rados_id="rw") as cluster,
-            cluster.open_ioctx(pool) as ioctx,
-        ):
-            with concurrent.futures.ThreadPoolExecutor(8) as workers:
-                list(workers.map(create, names))
-            yield pool, names, ioctx
-    finally:
-        ceph("osd", "pool", "rm", pool, pool, "--yes-i-really-really-mean-it")
+    with new_pool() as (pool, ioctx):
+        with concurrent.futures.ThreadPoolExecutor(8) as workers:
+            list(workers.map(create, names))
+        yield pool, names, ioctx
 
 
 @contextlib.contextmanager

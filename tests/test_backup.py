@@ -129,6 +129,37 @@ def test_a_gateway_gives_an_increment_to_who_may_have_both_ends(servers, week, c
             one.connect(f"{week.name}@monday..tuesday")
 
 
+def test_what_a_clone_lost_of_its_parent_is_told(servers, images):
+    """It leaves no trace in the object maps: librbd's fast diff has nothing of it."""
+    parent = images.create()
+    parent.write(b"p" * 64 * MIB, 0)
+    parent.snap("s", protect=True)
+    clone = images.clone(parent, "s")
+    clone.snap("a")
+    with clone.open() as opened:
+        opened.resize(32 * MIB)
+        opened.create_snap("in between")
+        opened.resize(64 * MIB)
+    clone.snap("b")
+    client = servers(f"{clone.spec}@a..b").start().connect()
+    assert not any(client.pread(32 * MIB, 32 * MIB))
+    assert extents(client, 0, 64 * MIB) == [(0, 32 * MIB, HOLE), (32 * MIB, 32 * MIB, ZERO)]
+
+
+def test_a_change_before_a_snapshot_whose_object_map_is_missing_is_told(servers, image, cluster):
+    """librbd's fast diff goes on without a map that is missing in between."""
+    image.write(b"1" * OBJECT, 0)
+    image.snap("first")
+    image.write(b"2" * OBJECT, 0)
+    image.snap("second")
+    image.snap("third")
+    with image.open(read_only=True) as opened:
+        number = opened.snap_get_id("second")
+        cluster.ioctx.remove_object(f"rbd_object_map.{opened.id()}.{number:016x}")
+    client = servers(f"{image.spec}@first..third").start().connect()
+    assert data_extents(client, 0, 64 * MIB) == [(0, OBJECT)]
+
+
 def test_the_base_of_an_increment_that_is_removed_fails_it(servers, week):
     client = servers(f"{week.spec}@monday..tuesday").start().connect()
     assert (OBJECT, 8192) in data_extents(client, 0, 64 * MIB)
