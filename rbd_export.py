@@ -1814,7 +1814,8 @@ class Layer:
         # Whose data comes from a place that librbd does not tell of.
         self.opaque = bool(image.features() & rbd.RBD_FEATURE_MIGRATING)
         self.lock = threading.Lock()
-        self.below: tuple[Any, Layer] | None = None
+        self.inherits: tuple[int, bytes] | None = None
+        self.below: tuple[bytes, Layer] | None = None
         # A snapshot does not change, so what is known of it stays: its objects, and
         # what is in them by number of period.
         self.objects_known: dict[str | None, Ranges] = {}
@@ -1906,15 +1907,17 @@ class Layer:
     ) -> Ranges:
         """Return what the layer below says of some ranges, which depend on the overlap."""
         while True:
-            parent = self.inheritance()
+            overlap, encoding = inheritance = self.inheritance()
             try:
-                found = [ask(self.parent(), *run) for run in where(parent[0]) if parent[0] > run[0]]
+                found = [
+                    ask(self.parent(encoding), *run) for run in where(overlap) if run[0] < overlap
+                ]
             except Exception:
-                if self.inheritance() == parent:
+                if self.inheritance() == inheritance:
                     raise
                 continue
             # The clone may have been flattened meanwhile, and its parent be gone.
-            if self.inheritance() == parent:
+            if self.inheritance() == inheritance:
                 return union(*found)
 
     def changed(self, low: int, high: int, existing: Ranges) -> Ranges:
@@ -1929,27 +1932,28 @@ class Layer:
             combine(lambda was, now, new: new or was != now, before, existing, touched), low, high
         )
 
-    def inheritance(self) -> tuple[Any, ...]:
-        """Return the number of bytes that come from the parent, and who that is."""
-        overlap = self.image.overlap()
-        if not overlap:
-            return (0,)
-        spec = self.image.get_parent_image_spec()
-        return overlap, self.image.parent_id(), spec["pool_name"], spec["pool_namespace"]
+    def inheritance(self) -> tuple[int, bytes]:
+        """Return the number of bytes that come from the parent, and what the header says of it.
 
-    def parent(self) -> Layer:
+        librbd would tell who the parent is, but look for it in the trash each time.
+        """
+        if self.inherits is None or self.snapshot_id is None:
+            overlap = self.image.overlap()
+            header = ask_header(self.ioctx, self.image_id, ["parent"])() if overlap else {}
+            self.inherits = overlap, header.get("parent", b"")
+        return self.inherits
+
+    def parent(self, encoding: bytes) -> Layer:
         with self.lock:
-            key = self.inheritance()[1:]
-            if self.below is None or self.below[0] != key:
-                header = ask_header(self.ioctx, self.image_id, ["parent"])()
-                parent = parent_of(header.get("parent"))
+            if self.below is None or self.below[0] != encoding:
+                parent = parent_of(encoding)
                 if not parent:
                     raise ExportError(f"the header of image {self.image_id} names no parent")
                 pool, namespace, image_id, snapshot_id = parent
                 ioctx = self.cluster.open_ioctx2(pool)
                 ioctx.set_namespace(namespace)
                 image = open_by_id(ioctx, image_id, snapshot_id)
-                self.below = key, Layer(self.cluster, ioctx, image, snapshot_id)
+                self.below = encoding, Layer(self.cluster, ioctx, image, snapshot_id)
             return self.below[1]
 
     def objects(self, low: int, high: int, since: str | None) -> Ranges | None:
