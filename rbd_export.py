@@ -1834,7 +1834,9 @@ class Layer:
         end = min(high, size)
         unlisted = HOLE if self.base else ZERO
         position = low
-        for first, last in [*self.candidates(low, end), (end, end)]:
+        # The end of the base, or of what comes from a parent, may lie within a block.
+        candidates = within(outward(self.candidates(low, end), BLOCK), low, end)
+        for first, last in [*candidates, (end, end)]:
             if position < first:
                 yield position, first, unlisted
             for start, stop in growing(first, last, self.period):

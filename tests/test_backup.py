@@ -98,6 +98,22 @@ def test_what_an_image_lost_or_grew_by_is_told(servers, week, size):
         assert told[-1] == (64 * MIB, size - 64 * MIB, ZERO)
 
 
+def test_what_grew_out_of_the_middle_of_a_block_is_told_with_the_whole_block(servers, images):
+    image = images.create(OBJECT + 1000)
+    image.write(b"m" * 1000, OBJECT)
+    image.snap("monday")
+    with image.open() as opened:
+        opened.resize(2 * OBJECT)
+    image.snap("tuesday")
+    client = servers(f"{image.spec}@monday..tuesday").start().connect()
+    # What begins in a sector counts for all of it to qemu-img.
+    assert extents(client, 0, OBJECT + 8192) == [
+        (0, OBJECT, HOLE),
+        (OBJECT, 4096, DATA),
+        (OBJECT + 4096, 4096, ZERO),
+    ]
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
