@@ -755,6 +755,8 @@ class OpenImage:
         writearound = config["rbd_cache_policy"] == "writearound"
         # Only the other policies keep what was read.
         self.can_cache = nbdkit.CACHE_EMULATE if caches and not writearound else nbdkit.CACHE_NONE
+        buffers = persistent_cache or (caches and config["rbd_cache_max_dirty"] != "0")
+        self.layer.settled = self.read_only or not buffers
         # With the policy writearound, librbd acknowledges a write and forgets
         # that it has failed, if that was before the next flush began
         # (WriteAroundObjectDispatch::flush).  Config.rados turns the early
@@ -1689,7 +1691,8 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, i
 
     def look(layer: Layer) -> list[tuple[int, int, int]]:
         found: list[tuple[int, int, int]] = []
-        for start, stop, kind in layer.status(offset - offset % BLOCK, end + -end % BLOCK):
+        low, high = offset - offset % BLOCK, end + -end % BLOCK
+        for start, stop, kind in layer.status(low, high, one):
             start, stop = max(start, offset), min(stop, end)
             if found and found[-1][2] == kind:
                 found[-1] = found[-1][0], stop - found[-1][0], kind
@@ -1816,9 +1819,11 @@ class Layer:
         self.lock = threading.Lock()
         self.inherits: tuple[int, bytes] | None = None
         self.below: tuple[bytes, Layer] | None = None
-        # A snapshot does not change, so what is known of it stays: its objects, and
-        # what is in them by number of period.
-        self.objects_known: dict[str | None, Ranges] = {}
+        # Whether all that was acknowledged is in the cluster: librbd caches no writes.
+        self.settled = True
+        # Which objects there are is known until the object map changes.  A snapshot does
+        # not change at all: what is in its objects stays known too, by number of period.
+        self.objects_known: dict[str | None, KnownObjects] = {}
         self.known: dict[tuple[str | None, int], Ranges] = {}
         self.maps = ObjectMaps(ioctx.dup(), self.image_id)
 
@@ -1828,8 +1833,11 @@ class Layer:
                 layer.close()
         self.image.close()
 
-    def status(self, low: int, high: int) -> Iterator[tuple[int, int, int]]:
-        """Yield start, stop and kind of adjoining extents that cover low..high."""
+    def status(self, low: int, high: int, one: bool) -> Iterator[tuple[int, int, int]]:
+        """Yield start, stop and kind of adjoining extents that cover low..high.
+
+        If one will do: no more than the first of them, in several pieces, is certain.
+        """
         size = self.image.size()
         end = min(high, size)
         unlisted = HOLE if self.base else ZERO
@@ -1839,6 +1847,8 @@ class Layer:
         for first, last in [*candidates, (end, end)]:
             if position < first:
                 yield position, first, unlisted
+                if one:
+                    return
             for start, stop in growing(first, last, self.period):
                 existing = self.existing(start, stop)
                 present = outward(existing, BLOCK)
@@ -1963,23 +1973,30 @@ class Layer:
 
         None if these cannot be trusted.
         """
-        if self.snapshot_id is None:
-            return self.mapped(low, high, since)
-        known = self.objects_known.get(since)
-        if known is None:
-            known = self.mapped(0, self.image.size(), since)
-            if known is None:
-                return None
-            self.objects_known[since] = known
-        return within(known, low, high)
-
-    def mapped(self, low: int, high: int, since: str | None) -> Ranges | None:
         if self.striped or (since and self.snapshot_id is None):
             return None
-        return self.maps.while_valid(
-            [self.snapshot_id] if since is None else self.snapshots_since(since),
-            lambda: within(self.diff(low, high, since, whole_object=True), low, high),
-        )
+        known = self.objects_known.get(since, UNKNOWN)
+        covers = known.low <= low and high <= known.high
+        if covers and self.snapshot_id is not None:
+            return within(known.found, low, high)
+        snapshots = [self.snapshot_id] if since is None else self.snapshots_since(since)
+        state = self.maps.state(snapshots)
+        same = state is not None and state == known.state
+        if covers and same and self.settled:
+            return within(known.found, low, high)
+        # The longer nothing changes, the further it pays to look ahead.
+        ahead = max(AHEAD * self.period, 2 * (known.high - known.low) if same else 0)
+        for _ in range(3):
+            if state is None:
+                return None
+            stop = min(max(high, low + ahead), max(high, self.image.size()))
+            found = self.diff(low, stop, since, whole_object=True)
+            before, state = state, self.maps.state(snapshots)
+            if state and state.header == before.header:
+                # Good until the maps are no longer what they were before.
+                self.objects_known[since] = KnownObjects(before, low, stop, found)
+                return within(found, low, high)
+        return None
 
     def snapshots_since(self, since: str) -> list[int | None]:
         first, last = self.image.snap_get_id(since), self.snapshot_id
@@ -2039,7 +2056,10 @@ class Layer:
 
         def add(offset: int, length: int, exists: bool) -> None:
             if exists or since is not None:
-                found.append((offset, offset + length))
+                if found and found[-1][1] == offset:
+                    found[-1] = found[-1][0], offset + length
+                else:
+                    found.append((offset, offset + length))
 
         if not self.striped:
             low, high = low - low % self.period, high + -high % self.period
@@ -2049,9 +2069,30 @@ class Layer:
         return union(found)
 
 
+# Objects of which the map is asked at least: librbd reads all of it each time, but takes
+# a microsecond for each that exists.
+AHEAD = 1024
+
 # Periods of a snapshot about which an open image remembers what it has learned: 64 GiB
 # of data in objects of 4 MiB, and a few megabytes of memory.
 MAX_KNOWN = 16384
+
+
+class MapState(NamedTuple):
+    """The same header: the maps were valid in between.  The same head: unchanged, too."""
+
+    header: Any
+    head: int | None
+
+
+class KnownObjects(NamedTuple):
+    state: MapState | None
+    low: int
+    high: int
+    found: Ranges
+
+
+UNKNOWN = KnownObjects(None, 0, 0, [])
 
 
 class ObjectMaps:
@@ -2066,24 +2107,9 @@ class ObjectMaps:
         self.ioctx = ioctx  # for nothing else: it remembers the version of what it read
         self.image_id = image_id
         self.lock = threading.Lock()
-        self.state: dict[tuple[int | None, ...], Any] = {}
 
-    def while_valid(self, snapshots: list[int | None], action: Callable[[], R]) -> R | None:
-        """Return the result of an action during which the maps were valid, or None."""
-        key = tuple(snapshots)
-        state = self.state.get(key) or self.ask(snapshots)
-        for _ in range(3):
-            if state is None:
-                return None
-            before = state
-            result = action()
-            state = self.state[key] = self.ask(snapshots)
-            if state == before:
-                return result
-        return None
-
-    def ask(self, snapshots: list[int | None]) -> Any:
-        """Return what is the same as long as the maps were valid in between, or None."""
+    def state(self, snapshots: list[int | None]) -> MapState | None:
+        """Return what tells one state of valid maps from another, or None."""
         header = f"rbd_header.{self.image_id}"
         try:
             with self.lock, rados.ReadOpCtx() as operation:
@@ -2105,9 +2131,14 @@ class ObjectMaps:
                 if any(map(any, flags)):
                     tell_once(f"an object map of image {self.image_id} is invalid: {SLOW}")
                     return None
+                head = None
+                if None in snapshots:
+                    # It changes before an object comes into being.
+                    self.ioctx.stat(f"rbd_object_map.{self.image_id}")
+                    head = self.ioctx.get_last_version()
         except rados.ObjectNotFound:
             return None
-        return version, values
+        return MapState((version, values), head)
 
 
 SLOW = "block status has to look into each of its objects"

@@ -59,6 +59,29 @@ def test_extents_are_those_of_rbd_diff(servers, images, features, stripes, mode)
         assert data_extents(client, start, length) == expected
 
 
+@pytest.mark.parametrize("mode", ["writable", "read-only", "snapshot"])
+def test_the_order_of_the_questions_does_not_matter(servers, image, mode):
+    places = [0, 5 * OBJECT, 12 * OBJECT]
+    for place in places:
+        image.write(b"o" * OBJECT, place)
+    image.snap("s")
+    server = servers(image, snapshot="s" if mode == "snapshot" else None)
+    server.options = ["-r"] if mode == "read-only" else []
+    client = server.start().connect()
+    for place in [*reversed(places), *places]:
+        assert extents(client, place, OBJECT) == [(place, OBJECT, 0)]
+
+
+@pytest.mark.parametrize("options", [[], ["-r"]], ids=["writable", "read-only"])
+def test_what_another_writer_adds_is_data_at_the_next_question(server, image, options):
+    server.options = options
+    client = server.start().connect()
+    assert data_extents(client, 0, 64 * MIB) == []
+    for place in 3 * OBJECT, 0, 9 * OBJECT:
+        image.write(b"n" * OBJECT, place)
+        assert extents(client, place, OBJECT) == [(place, OBJECT, 0)]
+
+
 def test_every_answer_covers_just_what_was_asked(server, image):
     image.write(b"x" * 100, OBJECT + 1)
     client = server.start().connect()
@@ -81,8 +104,9 @@ def test_a_client_that_wants_one_extent_gets_one(server, image):
     assert answers == [[2 * OBJECT, HOLE_AND_ZERO]]
 
 
-def test_a_write_of_the_same_connection_is_data_at_once(servers, image):
-    server = servers(image, **{"ceph.rbd_cache_policy": "writeback"})
+@pytest.mark.parametrize("policy", ["writearound", "writeback"])
+def test_a_write_of_the_same_connection_is_data_at_once(servers, image, policy):
+    server = servers(image, **{"ceph.rbd_cache_policy": policy})
     client = server.start().connect()
     client.flush()
     for place in range(0, 64 * MIB, 10 * MIB):
