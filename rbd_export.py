@@ -594,6 +594,15 @@ class Cluster:
                 read_only = True
                 image = stack.enter_context(open_image(ioctx, spec, read_only))
             key = identity(image, ioctx, spec, read_only)
+            kind: Callable[..., OpenImage] = ReadOnlyImage if read_only else OpenImage
+            if not read_only and image.overlap():
+                ancestors = Ancestors.of(self.rados, ioctx, image.id())
+                if ancestors.headers:
+                    key = (*key, repr(ancestors.headers))
+                    kind = functools.partial(ChildOfClone, ancestors)
+                    # librbd is to open the ancestors after they were looked at.
+                    image.close()
+                    image = stack.enter_context(open_image(ioctx, spec, read_only))
             found = None
             shared = self.join(key, None)
             if not shared:
@@ -601,7 +610,7 @@ class Cluster:
                     name = stack.enter_context(point_in_time(self.rados, ioctx, spec))
                     spec = spec._replace(snapshot=name)
                     image = stack.enter_context(open_image(ioctx, spec, read_only))
-                found = (ReadOnlyImage if read_only else OpenImage)(self.rados, ioctx, image, spec)
+                found = kind(self.rados, ioctx, image, spec)
                 stack.callback(found.close)
                 shared = self.join(key, found)
             try:
@@ -737,7 +746,6 @@ class OpenImage:
     def __init__(
         self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
     ) -> None:
-        self.image = image
         self.layer: Any = Layer(cluster, ioctx, image, *snapshot_ids(image, spec))
         self.resources: Any = None  # what else to close with it
         self.users = 0
@@ -771,12 +779,75 @@ class OpenImage:
         """Do what reads from the image."""
         return action(self.layer)
 
+    def writing(self) -> rbd.Image:
+        """Return the image, to write to it."""
+        return self.layer.image
+
     def fence(self) -> None:
-        self.image = self.layer = FENCED
+        self.layer = FENCED
 
     def close(self) -> None:
         if not isinstance(self.layer, Fenced):
             self.layer.close()
+
+
+class Ancestors:
+    """Those ancestors of an image that are clones themselves, and what they were.
+
+    librbd does not hear of changes to them.  When one of them has been flattened
+    with its snapshots (deep-flatten), the next one can be removed; librbd would
+    read zeroes there, and write them where a part of an object is written.
+    """
+
+    def __init__(self, cluster: rados.Rados, encoding: bytes | None) -> None:
+        self.questions: list[Callable[[], Callable[[], dict[str, bytes]]]] = []
+        self.headers: list[dict[str, bytes]] = []
+        while parent := parent_of(encoding):
+            pool, namespace, image_id, snapshot_id = parent
+            ioctx = cluster.open_ioctx2(pool)
+            ioctx.set_namespace(namespace)
+            keys = "parent", f"snapshot_{snapshot_id:016x}"
+            question = functools.partial(ask_header, ioctx, image_id, keys)
+            header = question()()
+            encoding = header.get("parent")
+            if encoding:
+                self.questions.append(question)
+                self.headers.append(header)
+
+    @classmethod
+    def of(cls, cluster: rados.Rados, ioctx: rados.Ioctx, image_id: str) -> Ancestors:
+        return cls(cluster, ask_header(ioctx, image_id, ["parent"])().get("parent"))
+
+    def ask(self) -> list[dict[str, bytes]]:
+        """Return the headers as they are now."""
+        return list(in_parallel(lambda question: question(), self.questions))
+
+
+class ChildOfClone(OpenImage):
+    """An image that is open for writing and whose parent is a clone itself."""
+
+    def __init__(self, ancestors: Ancestors, *args: Any) -> None:
+        super().__init__(*args)
+        self.name = str(args[-1])
+        self.ancestors = ancestors
+        self.headers = SharedAnswer(ancestors.ask)
+
+    def reading(self, action: Callable[[Layer], R]) -> R:
+        result = action(self.layer)
+        self.check()
+        return result
+
+    def writing(self) -> rbd.Image:
+        self.check()
+        return super().writing()
+
+    def check(self) -> None:
+        """Refuse when librbd may have a wrong idea of an ancestor of which there still is one."""
+        if self.headers.get() != self.ancestors.headers and self.layer.image.overlap():
+            raise ExportError(
+                f"an ancestor of image '{self.name}' has been flattened or removed while it"
+                f" was open: clients must reconnect"
+            )
 
 
 class ReadOnlyImage(OpenImage):
@@ -788,10 +859,11 @@ class ReadOnlyImage(OpenImage):
     removed since then, librbd reads zeroes, or from a removed snapshot what was
     written later; if it has been flattened, librbd still reads from its parent.
 
-    So what was read counts only if the header of the image is *after* the read
-    what it was before the image was opened.  If not, the image is opened anew and
-    read again.  Who removes an image strikes it from the directory first, and who
-    removes a snapshot changes the header first; the data goes last.
+    So what was read counts only if the header of the image, and those of its
+    ancestors, are *after* the read what they were before the image was opened.  If
+    not, the image is opened anew and read again.  Who removes an image strikes it
+    from the directory first, and who removes a snapshot changes the header first;
+    the data goes last.
     """
 
     read_only = True
@@ -803,7 +875,8 @@ class ReadOnlyImage(OpenImage):
         self.spec = spec
         self.snapshot_ids = snapshot_ids(image, spec)
         # The header may have changed since librbd has read it: not known yet.
-        self.current: tuple[Any, dict[str, bytes]] = self.layer, {}
+        self.current: tuple[Any, Any] = self.layer, None
+        self.ancestors = Ancestors(cluster, None)
         self.opening = threading.Lock()
         self.header = SharedAnswer(functools.partial(self.ask, ioctx, image.id()))
 
@@ -820,13 +893,14 @@ class ReadOnlyImage(OpenImage):
                     return result
             self.open_anew(layer)
 
-    def ask(self, ioctx: rados.Ioctx, image_id: str) -> dict[str, bytes]:
-        """Return what says how to read the image (cls_rbd.cc has the keys)."""
+    def ask(self, ioctx: rados.Ioctx, image_id: str) -> tuple[dict[str, bytes], Any]:
+        """Return what says how to read the image (cls_rbd.cc has the keys), and its ancestors."""
         snapshots = [f"snapshot_{number:016x}" for number in self.snapshot_ids if number]
         answer = ask_header(
             ioctx, image_id, ["size", "parent", "features", "migration", *snapshots]
         )
         try:
+            ancestors = self.ancestors.ask()
             if self.snapshot_ids[0] is None:
                 image_name(ioctx, image_id)
         except rados.ObjectNotFound:
@@ -835,13 +909,14 @@ class ReadOnlyImage(OpenImage):
             header = answer()
         if not header or not header.keys() >= set(snapshots):
             raise self.gone()
-        return header
+        return header, ancestors
 
     def open_anew(self, known: Layer) -> None:
         with self.opening:
             if self.current[0] is not known:
                 return  # somebody else has done it
-            header = self.header.ask()
+            header, _ = self.header.ask()
+            self.ancestors = Ancestors(known.cluster, header.get("parent"))
             image = rbd.Image(known.ioctx, image_id=known.image_id, read_only=True)
             for number in self.snapshot_ids:
                 if number and image.snap_get_namespace_type(number) != USER_SNAPSHOT:
@@ -850,14 +925,14 @@ class ReadOnlyImage(OpenImage):
                 image.set_snap_by_id(self.snapshot_ids[0])
             layer = Layer(known.cluster, known.ioctx, image, *self.snapshot_ids)
             # The former one is closed when the last request has let go of it.
-            self.current = layer, header
+            self.current = layer, (header, self.ancestors.headers)
 
     def gone(self) -> ExportError:
         return ExportError(f"image '{self.spec}' has been removed while it was open")
 
     def fence(self) -> None:
         super().fence()
-        self.current = FENCED, {}
+        self.current = FENCED, None
 
     def close(self) -> None:
         super().close()
@@ -1054,7 +1129,7 @@ class Handle:
         with contextlib.ExitStack() as stack:
             self.cluster = stack.enter_context(Cluster.use(spec))
             self.shared = stack.enter_context(self.cluster.open(spec, read_only))
-            self.size = self.shared.image.size()
+            self.size = self.shared.layer.image.size()
             self.description = description(spec)
             self.close = stack.pop_all().close
 
@@ -1647,21 +1722,21 @@ def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
 
 @request
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
-    h.shared.image.write(bytes(buf), offset, FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0)
+    h.shared.writing().write(bytes(buf), offset, FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0)
 
 
 @request
 def flush(h: Handle, flags: int) -> None:
-    h.shared.image.flush()
+    h.shared.layer.image.flush()
 
 
 @request
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """Free the space of whole discard granules; data elsewhere may stay."""
     for start, length in pieces(offset, count):
-        h.shared.image.discard(start, length)
+        h.shared.writing().discard(start, length)
     if flags & nbdkit.FLAG_FUA:
-        h.shared.image.flush()
+        h.shared.layer.image.flush()
 
 
 @request
@@ -1675,9 +1750,9 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     if zero_flags and flags & nbdkit.FLAG_FAST_ZERO:
         raise NotFast
     for start, length in pieces(offset, count):
-        h.shared.image.write_zeroes(start, length, zero_flags)
+        h.shared.writing().write_zeroes(start, length, zero_flags)
     if flags & nbdkit.FLAG_FUA:
-        h.shared.image.flush()
+        h.shared.layer.image.flush()
 
 
 @request

@@ -178,6 +178,40 @@ def test_what_a_clone_zeroed_is_no_data_of_its_parent(servers, images):
     assert sum(length for _, length in found) >= 4 * OBJECT
 
 
+@pytest.mark.parametrize("mode", ["writable", "read-only", "snapshot"])
+def test_a_parent_that_loses_its_own_parent_loses_no_data_of_the_clone(servers, images, mode):
+    grandparent = images.create(32 * MIB)
+    grandparent.write(b"g" * 32 * MIB, 0)
+    grandparent.snap("s", protect=True)
+    parent = images.clone(grandparent, "s")
+    parent.snap("s", protect=True)
+    clone = images.clone(parent, "s")
+    clone.snap("s")
+    server = servers(clone, snapshot="s" if mode == "snapshot" else None)
+    server.options = ["-r"] if mode == "read-only" else []
+    client = server.start().connect()
+    assert client.pread(10, 0) == b"g" * 10
+    with parent.open() as opened:
+        opened.flatten()
+    images.remove(grandparent)
+    if mode == "writable":
+        for refused in (
+            lambda: client.pread(10, 8 * MIB),
+            lambda: client.pwrite(b"w", 8 * MIB),
+            lambda: client.trim(OBJECT, 8 * MIB),
+            lambda: client.zero(10, 8 * MIB),
+            lambda: extents(client, 0, 32 * MIB),
+        ):
+            with pytest.raises(nbd.Error, match="Input/output error"):
+                refused()
+        assert f"image '{clone.spec}'" in server.log()
+        client = server.connect()
+        client.pwrite(b"w", 0)
+        client.pwrite(b"g", 0)
+    assert client.pread(32 * MIB, 0) == b"g" * 32 * MIB
+    assert data_extents(client, 0, 32 * MIB) == [(0, 32 * MIB)]
+
+
 # ---- size --------------------------------------------------------------------
 
 
