@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 
 import rbd
-from common import GIB, MIB, image_of, measure, new_pool, ours, qemu_nbd, qemu_rbd, show
+
+from bench.common import GIB, MIB, image_of, measure, new_pool, ours, qemu_nbd, qemu_rbd, show
 
 
 def run(*command):

@@ -11,7 +11,7 @@ import pathlib
 import subprocess
 import tempfile
 
-from common import GIB, image_of, measure, new_pool, ours, qemu_nbd, qemu_rbd, show
+from bench.common import GIB, image_of, measure, new_pool, ours, qemu_nbd, qemu_rbd, show
 
 
 def data(command):

@@ -23,8 +23,9 @@ import time
 import nbd
 import psutil
 import rbd
-from common import MIB, PLUGIN, ceph, new_pool, wait_until
 from tabulate import tabulate
+
+from bench.common import MIB, PLUGIN, ceph, new_pool, wait_until
 
 
 @contextlib.contextmanager

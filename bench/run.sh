@@ -26,4 +26,5 @@ if [ -z "${CEPH_CONF-}" ]; then
   export CEPH_CONF
 fi
 
-/usr/bin/python3 "bench/$1.py" "${@:2}"
+# As modules: the name of one is that of a module of the standard library.
+/usr/bin/python3 -m "bench.$1" "${@:2}"
