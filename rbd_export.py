@@ -1766,8 +1766,7 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, i
 
     def look(layer: Layer) -> list[tuple[int, int, int]]:
         found: list[tuple[int, int, int]] = []
-        low, high = offset - offset % BLOCK, end + -end % BLOCK
-        for start, stop, kind in layer.status(low, high, one):
+        for start, stop, kind in layer.status(offset, end, one):
             start, stop = max(start, offset), min(stop, end)
             if found and found[-1][2] == kind:
                 found[-1] = found[-1][0], stop - found[-1][0], kind
@@ -1908,13 +1907,15 @@ class Layer:
                 layer.close()
         self.image.close()
 
-    def status(self, low: int, high: int, one: bool) -> Iterator[tuple[int, int, int]]:
-        """Yield start, stop and kind of adjoining extents that cover low..high.
+    def status(self, offset: int, limit: int, one: bool) -> Iterator[tuple[int, int, int]]:
+        """Yield start, stop and kind of adjoining extents that cover a range, and its blocks.
 
         If one will do: no more than the first of them, in several pieces, is certain.
         """
+        low, high = offset - offset % BLOCK, limit + -limit % BLOCK
         size = self.image.size()
-        end = min(high, size)
+        # If the image has shrunk, what is no longer there is for reads to report.
+        end = min(high, size) if limit <= size else size - size % BLOCK
         unlisted = HOLE if self.base else ZERO
         position = low
         # The end of the base, or of what comes from a parent, may lie within a block.
@@ -1938,7 +1939,6 @@ class Layer:
                 )
             position = last
         if end < high:
-            # The image has shrunk.  What is no longer there is for reads to report.
             yield max(low, end), high, DATA
 
     def candidates(self, low: int, high: int) -> Ranges:

@@ -236,3 +236,10 @@ def test_a_shrunk_image_is_never_called_a_hole_where_it_is_gone(server, image):
     for start, length in [(0, 64 * MIB), (40 * MIB, OBJECT), (31 * MIB, 2 * MIB)]:
         for low, count, flags in extents(client, start, length):
             assert flags == 0 or low + count <= 32 * MIB
+
+
+def test_no_extent_ends_within_a_block_where_an_image_has_shrunk(server, image):
+    client = server.start().connect()
+    with image.open() as opened:
+        opened.resize(5000)
+    assert extents(client, 0, MIB) == [(0, 4096, HOLE_AND_ZERO), (4096, MIB - 4096, 0)]
