@@ -1132,11 +1132,13 @@ class Handle:
             self.size = self.shared.layer.image.size()
             self.description = description(spec)
             self.close = stack.pop_all().close
+        self.has_failed = False
 
     def failed(self, error: BaseException) -> int:
         """Return the errno that the client gets for a failed request."""
         if isinstance(error, NotFast):
             return errno.ENOTSUP
+        self.has_failed = True
         number = getattr(error, "errno", None) or errno.EIO
         if isinstance(error, MemoryError):
             number = errno.ENOMEM
@@ -1589,11 +1591,38 @@ def default_export(readonly: bool, is_tls: bool) -> str:
     return CONFIG["default-export"] or ""
 
 
+# Where a thread of nbdkit had an image open before, for the same client: the retry
+# filter closes and opens again when a request has failed, and sends it again.
+SERVED: dict[int, Cluster] = {}
+
+
+def preconnect(readonly: bool) -> None:
+    """A new client: forget whom this thread has served, and threads that have ended."""
+    for thread in list(SERVED):
+        if thread == threading.get_native_id() or not os.path.exists(f"/proc/self/task/{thread}"):
+            SERVED.pop(thread, None)
+
+
+def open_again(former: Cluster, readonly: bool) -> Handle:
+    """Open for a client that may have sent writes before, unless it was fenced since."""
+    with contextlib.suppress(*SHUTDOWN):
+        if former in Cluster.all:
+            handle = Handle(*requested(readonly))
+            if handle.cluster is former:
+                return handle
+            handle.close()
+    raise ExportError("the client may have been fenced: it must reconnect")
+
+
 def open(readonly: bool) -> Handle | None:
     """Return a handle, or None if there is nothing to serve.
 
-    An exception here would be logged with this script's path in front.
+    An exception here would be logged with this script's path in front; the retry
+    filter needs one.
     """
+    former = SERVED.get(threading.get_native_id())
+    if former:
+        return open_again(former, readonly)
     try:
         return despite_fence(lambda: Handle(*requested(readonly)))
     except Exception as error:
@@ -1619,6 +1648,8 @@ def log_error(text: str) -> None:
 
 def close(h: Handle | None) -> None:
     if h:
+        if h.has_failed:
+            SERVED[threading.get_native_id()] = h.cluster
         h.close()
 
 

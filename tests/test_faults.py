@@ -274,3 +274,38 @@ def test_a_request_never_fails_with_einval_for_a_fault_of_the_cluster(stoppable)
         lambda: client.block_status(64 * MIB, 0, lambda *_: None),
     ]
     assert [failure(call) for call in calls] == [errno.EIO] * len(calls)
+
+
+@pytest.mark.parametrize("cut", [[], ["-t", "1"]], ids=["threads", "one thread"])
+def test_a_filter_that_retries_writes_nothing_for_a_fenced_client(server, image, cluster, cut):
+    server.options = ["--filter=retry", *cut]
+    server.extra = ["retries=2", "retry-delay=1"]
+    client = server.start().connect()
+    client.pwrite(b"before", 0)
+    (watcher,) = image.watchers()
+    with cluster.blocklisted(watcher["addr"]):
+        image.write(b"takeover", 0)
+        assert failure(client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+    assert failure(client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+    assert failure(client.flush) == errno.ESHUTDOWN
+    assert image.read(0, 8) == b"takeover"
+    assert "must reconnect" in server.log()
+    again = server.connect()
+    again.pwrite(b"goes on!", 0)
+    assert again.pread(8, 0) == b"goes on!"
+
+
+def test_a_filter_that_retries_gets_over_a_fault_that_passes(stoppable):
+    stoppable.options = ["--filter=retry"]
+    stoppable.extra = ["retries=20", "retry-delay=1", "retry-exponential=no"]
+    stoppable.parameters |= {"io-timeout": 1}
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    stoppable.osd.stop()
+    cookie = client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"y" * 4096)), 0)
+    wait_until(lambda: "pwrite: error" in stoppable.log())
+    stoppable.osd.resume()
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+    assert client.aio_command_completed(cookie)
+    assert client.pread(4096, 0) == b"y" * 4096
