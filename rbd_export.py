@@ -1799,6 +1799,8 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, i
         found: list[tuple[int, int, int]] = []
         for start, stop, kind in layer.status(offset, end, one):
             start, stop = max(start, offset), min(stop, end)
+            if start >= stop:
+                continue
             if found and found[-1][2] == kind:
                 found[-1] = found[-1][0], stop - found[-1][0], kind
             elif one and found:

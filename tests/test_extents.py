@@ -238,6 +238,17 @@ def test_a_shrunk_image_is_never_called_a_hole_where_it_is_gone(server, image):
             assert flags == 0 or low + count <= 32 * MIB
 
 
+@pytest.mark.parametrize("mode", ["writable", "snapshot"])
+def test_the_last_block_may_be_asked_about_in_parts(servers, images, mode):
+    image = images.create(OBJECT + 1000)
+    image.write(b"x", 0)
+    image.snap("s")
+    client = servers(image, snapshot="s" if mode == "snapshot" else None).start().connect()
+    for start, length in [(1, 3), (OBJECT, 512), (OBJECT + 1, 2), (OBJECT + 999, 1)]:
+        kind = 0 if start < 4096 else HOLE_AND_ZERO
+        assert extents(client, start, length) == [(start, length, kind)]
+
+
 def test_no_extent_ends_within_a_block_where_an_image_has_shrunk(server, image):
     client = server.start().connect()
     with image.open() as opened:
