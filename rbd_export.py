@@ -33,6 +33,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -147,10 +148,13 @@ def object_size(value: str) -> int:
     return number
 
 
-def how_exact(value: str) -> str:
-    if value not in ("exact", "objects", "off"):
-        raise ValueError(f"'{value}' is neither 'exact' nor 'objects' nor 'off'")
-    return value
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"'{value}' is neither '" + "' nor '".join(choices) + "'")
+        return value
+
+    return parse
 
 
 class Parameter(NamedTuple):
@@ -168,7 +172,9 @@ PARAMETERS = {
     "snapshot": Parameter(None, any_text, "snapshot of the image, served read-only"),
     "from-snapshot": Parameter(None, any_text, "tell what has changed since this snapshot"),
     "point-in-time": Parameter(False, yes_or_no, "serve a snapshot, taken for the first client"),
-    "extents": Parameter("exact", how_exact, "block status: exact, objects or off"),
+    "extents": Parameter(
+        "exact", one_of("exact", "objects", "off"), "block status: exact, objects or off"
+    ),
     "create": Parameter(None, size, "make the image with this size, if there is none"),
     "data-pool": Parameter(None, any_text, "with create: pool for the data"),
     "object-size": Parameter(None, object_size, "with create: bytes of an object"),
@@ -187,6 +193,9 @@ PARAMETERS = {
     "ceph.OPTION": Parameter(None, str, "any Ceph configuration option"),
     "connect-timeout": Parameter(30, seconds, "seconds until connecting to the cluster fails"),
     "io-timeout": Parameter(None, seconds, "seconds until a request to the cluster fails"),
+    "parallel": Parameter(
+        "auto", one_of("auto", "yes", "no"), "serve several requests of a connection at once"
+    ),
     "probe": Parameter(True, yes_or_no, "try to open the image before nbdkit starts to serve"),
 }
 ALIASES = {"user": "id"}
@@ -1416,7 +1425,38 @@ def dump_plugin() -> None:
 
 
 def thread_model() -> int:
-    return nbdkit.THREAD_MODEL_PARALLEL
+    """Tell nbdkit how many requests it may have under way on a connection.
+
+    nbdkit from 1.32.4 on does not survive a client that hangs up with several under way,
+    or sends replies to another client (mended by upstream commit 9d82aa4f, in 1.33.10).
+    A gateway has clients that are not to harm each other.
+    """
+    parallel = CONFIG["parallel"]
+    if parallel == "auto":
+        version = nbdkit_version()
+        is_safe = not (1, 32, 4) <= version < (1, 33, 10)
+        parallel = "yes" if is_safe or CONFIG.spec else "no"
+        if parallel == "yes" and not is_safe:
+            print(
+                "nbdkit: warning: nbdkit {}.{}.{} may abort when a client hangs up in"
+                " mid-request: parallel=no avoids that but is slower,"
+                " parallel=yes accepts it".format(*version),
+                file=sys.stderr,
+                flush=True,
+            )
+    if parallel == "yes":
+        return nbdkit.THREAD_MODEL_PARALLEL
+    return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
+
+
+def nbdkit_version() -> tuple[int, ...]:
+    """Return the version of the nbdkit that runs this: three numbers."""
+    program = os.readlink("/proc/self/exe")
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    found = re.match(r"nbdkit (\d+)\.(\d+)\.(\d+)", answer.stdout)
+    if not found:
+        raise ExportError("the version of nbdkit is not known: give parallel=yes or parallel=no")
+    return tuple(map(int, found.groups()))
 
 
 def config(key: str, value: str) -> None:
