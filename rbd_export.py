@@ -1193,6 +1193,42 @@ def despite_fence(action: Callable[[], R]) -> R:
     return action()
 
 
+# What has taken too long, by its key.
+LATE: dict[Any, concurrent.futures.Future[Any]] = {}
+
+
+def in_time(key: Any, action: Callable[[], R], undo: Callable[[Any], None] = lambda _: None) -> R:
+    """Return the result of what a client waits for, or fail after connect-timeout.
+
+    An action that takes longer goes on, and is undone when it ends.  Until then others
+    with the same key wait for it: clients that come again and again pile up nothing.
+    """
+
+    def work() -> None:
+        try:
+            answer.set_result(action())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    def forget(late: concurrent.futures.Future[R]) -> None:
+        if LATE.get(key) is late:
+            del LATE[key]
+        if not late.exception():
+            undo(late.result())
+
+    # Connecting to the monitors has a limit of its own, and says more.
+    deadline = time.monotonic() + CONFIG["connect-timeout"] + 1
+    waiting = LATE.get(key)
+    if not waiting or concurrent.futures.wait([waiting], deadline - time.monotonic()).done:
+        answer: concurrent.futures.Future[R] = concurrent.futures.Future()
+        threading.Thread(target=work, daemon=True).start()
+        if concurrent.futures.wait([answer], deadline - time.monotonic()).done:
+            return answer.result()
+        LATE[key] = answer
+        answer.add_done_callback(forget)
+    raise ExportError(f"no answer within {CONFIG['connect-timeout']} s (connect-timeout)")
+
+
 # ---- what a client asks for --------------------------------------------------
 
 
@@ -1264,13 +1300,12 @@ def common_name() -> str | None:
 MAX_EXPORTS = 10_000
 
 
-def allowed_exports() -> list[tuple[str, str]]:
+def allowed_exports(client: str | None) -> list[tuple[str, str]]:
     """Return the names of all images that the client may have, with a description.
 
     No image is opened, which would take 10 ms for each, unless its snapshots are
     exported.
     """
-    client = common_name()
     exports = {}
     with Cluster.use() as cluster:
         clone_of = functools.cache(functools.partial(parent_name, cluster, client))
@@ -1427,36 +1462,27 @@ def dump_plugin() -> None:
 def thread_model() -> int:
     """Tell nbdkit how many requests it may have under way on a connection.
 
-    nbdkit from 1.32.4 on does not survive a client that hangs up with several under way,
-    or sends replies to another client (mended by upstream commit 9d82aa4f, in 1.33.10).
     A gateway has clients that are not to harm each other.
     """
     parallel = CONFIG["parallel"]
-    if parallel == "auto":
-        version = nbdkit_version()
-        is_safe = not (1, 32, 4) <= version < (1, 33, 10)
-        parallel = "yes" if is_safe or CONFIG.spec else "no"
-        if parallel == "yes" and not is_safe:
-            print(
-                "nbdkit: warning: nbdkit {}.{}.{} may abort when a client hangs up in"
-                " mid-request: parallel=no avoids that but is slower,"
-                " parallel=yes accepts it".format(*version),
-                file=sys.stderr,
-                flush=True,
-            )
-    if parallel == "yes":
+    if parallel == "yes" or (parallel == "auto" and (CONFIG.spec or not is_affected())):
         return nbdkit.THREAD_MODEL_PARALLEL
     return nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS
 
 
-def nbdkit_version() -> tuple[int, ...]:
-    """Return the version of the nbdkit that runs this: three numbers."""
+@functools.cache
+def is_affected() -> bool:
+    """Tell whether a client that hangs up with several requests under way does harm.
+
+    nbdkit from 1.32.4 on aborts, or sends replies to another client (mended by upstream
+    commit 9d82aa4f, in 1.33.10).
+    """
     program = os.readlink("/proc/self/exe")
     answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     found = re.match(r"nbdkit (\d+)\.(\d+)\.(\d+)", answer.stdout)
     if not found:
         raise ExportError("the version of nbdkit is not known: give parallel=yes or parallel=no")
-    return tuple(map(int, found.groups()))
+    return (1, 32, 4) <= tuple(map(int, found.groups())) < (1, 33, 10)
 
 
 def config(key: str, value: str) -> None:
@@ -1468,12 +1494,23 @@ def config_complete() -> None:
 
 
 def get_ready() -> None:
+    """Tell what is wrong while nbdkit has a terminal."""
+    if CONFIG["probe"]:
+        run_probe()
+    if CONFIG["parallel"] == "auto" and CONFIG.spec and is_affected():
+        print(
+            "nbdkit: warning: this nbdkit may abort when a client hangs up in mid-request:"
+            " parallel=no avoids that but is slower, parallel=yes accepts it",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def run_probe() -> None:
     """Try to open what is exported while a failure can still end nbdkit with a message.
 
     In a child process: librados' threads would not survive nbdkit's fork.
     """
-    if not CONFIG["probe"]:
-        return
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -1573,11 +1610,20 @@ def after_fork() -> None:
     threading.Thread(target=end_connections, args=(reader,), daemon=True).start()
 
 
-def end_connections(signalled: int) -> None:
-    """After a signal, let each client's requests finish and its connection end."""
+# Seconds that the end of nbdkit may take after a signal.
+GRACE = 4.5
+
+
+def end_connections(signalled: int) -> NoReturn:
+    """After a signal, let each client's requests finish and its connection end.
+
+    While the cluster does not answer they would not: none of what they wait for has
+    been acknowledged.
+    """
     os.read(signalled, 1)
     nbdkit.shutdown()
-    while True:  # nbdkit may be accepting a client just now
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:  # nbdkit may be accepting a client just now
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(s) for s in own_sockets()]
             names = {name for s in sockets if is_listening(s) and (name := name_of(s))}
@@ -1587,6 +1633,8 @@ def end_connections(signalled: int) -> None:
                     with contextlib.suppress(OSError):
                         s.shutdown(socket.SHUT_RD)
         time.sleep(0.1)
+    log_error("ends although the cluster has not answered all requests")
+    os._exit(1)
 
 
 def own_sockets() -> Iterator[socket.socket]:
@@ -1615,7 +1663,8 @@ def list_exports(readonly: bool, is_tls: bool) -> list[tuple[str, str]] | None:
     if CONFIG.spec:
         return [("", description(CONFIG.spec))]
     try:
-        exports = despite_fence(allowed_exports)
+        client = common_name()
+        exports = in_time(client, lambda: despite_fence(lambda: allowed_exports(client)))
     except Exception as error:
         log_error(f"the exports cannot be listed: {error_text(error)}")
         return None
@@ -1643,11 +1692,11 @@ def preconnect(readonly: bool) -> None:
             SERVED.pop(thread, None)
 
 
-def open_again(former: Cluster, readonly: bool) -> Handle:
+def open_again(former: Cluster, spec: Spec, read_only: bool) -> Handle:
     """Open for a client that may have sent writes before, unless it was fenced since."""
     with contextlib.suppress(*SHUTDOWN):
         if former in Cluster.all:
-            handle = Handle(*requested(readonly))
+            handle = Handle(spec, read_only)
             if handle.cluster is former:
                 return handle
             handle.close()
@@ -1661,11 +1710,18 @@ def open(readonly: bool) -> Handle | None:
     filter needs one.
     """
     former = SERVED.get(threading.get_native_id())
-    if former:
-        return open_again(former, readonly)
     try:
-        return despite_fence(lambda: Handle(*requested(readonly)))
+        spec, read_only = requested(readonly)
+
+        def opened() -> Handle:
+            if former:
+                return open_again(former, spec, read_only)
+            return despite_fence(lambda: Handle(spec, read_only))
+
+        return in_time((spec, read_only), opened, lambda handle: handle.close())
     except Exception as error:
+        if former:
+            raise
         log_error(error_text(error))
         return None
 

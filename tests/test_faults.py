@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a client is told when the cluster refuses or does not answer."""
 
+import concurrent.futures
 import contextlib
 import errno
 import json
 import os
 import pathlib
 import signal
+import subprocess
+import threading
 import time
 
 import nbd
@@ -309,3 +312,72 @@ def test_a_filter_that_retries_gets_over_a_fault_that_passes(stoppable):
         assert client.poll(PATIENCE * 1000)
     assert client.aio_command_completed(cookie)
     assert client.pread(4096, 0) == b"y" * 4096
+
+
+def refusal(server, *exports):
+    client = nbd.NBD()
+    with pytest.raises(nbd.Error):
+        client.connect_uri(f"nbd+unix:///{''.join(exports)}?socket={server.socket}")
+
+
+def test_a_client_is_refused_in_time_while_no_osd_answers(stoppable):
+    stoppable.parameters["connect-timeout"] = 2
+    stoppable.start().connect().shutdown()
+    stoppable.osd.stop()
+    threads = stoppable.threads()
+    begin = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        for done in [pool.submit(refusal, stoppable) for _ in range(10)]:
+            done.result()
+    assert time.monotonic() - begin < 15
+    wait_until(lambda: stoppable.log().count("no answer within 2 s (connect-timeout)") == 10)
+    # Clients that come again do not pile up.
+    refusal(stoppable)
+    wait_until(lambda: stoppable.threads() <= threads + 10)
+    stoppable.osd.resume()
+    client = stoppable.connect()
+    client.pwrite(b"again", 0)
+    client.shutdown()
+    wait_until(lambda: not stoppable.image.watchers())
+
+
+def test_the_list_of_exports_is_refused_in_time_while_no_osd_answers(stoppable):
+    del stoppable.parameters["image"]
+    stoppable.parameters |= {"connect-timeout": 2, "exports": "*", "pool": stoppable.image.pool}
+    stoppable.start().connect(stoppable.image.name).shutdown()
+    stoppable.osd.stop()
+    begin = time.monotonic()
+    refused = subprocess.run(
+        ["nbdinfo", "--list", f"nbd+unix://?socket={stoppable.socket}"], capture_output=True
+    )
+    assert refused.returncode
+    assert time.monotonic() - begin < 15
+    stoppable.osd.resume()
+
+
+@pytest.mark.parametrize("waiting", ["a read", "a write", "a client that connects", "the close"])
+def test_sigterm_ends_nbdkit_while_the_cluster_does_not_answer(stoppable, waiting):
+    if waiting == "the close":
+        stoppable.parameters["ceph.rbd_cache_policy"] = "writeback"
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    stoppable.osd.stop()
+    connecting = threading.Thread(target=refusal, args=[stoppable])
+    if waiting == "a read":
+        client.aio_pread(nbd.Buffer(4096), 0)
+    elif waiting == "a client that connects":
+        before = stoppable.descriptors()
+        connecting.start()
+        wait_until(lambda: stoppable.descriptors() > before)
+    else:
+        client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0)
+        if waiting == "the close":
+            while client.aio_in_flight():
+                assert client.poll(PATIENCE * 1000)
+    begin = time.monotonic()
+    stoppable.end(signal.SIGTERM)
+    assert time.monotonic() - begin < 6
+    assert "ends although the cluster has not answered" in stoppable.log()
+    if connecting.is_alive():
+        connecting.join()
