@@ -193,6 +193,9 @@ PARAMETERS = {
     "ceph.OPTION": Parameter(None, str, "any Ceph configuration option"),
     "connect-timeout": Parameter(30, seconds, "seconds until connecting to the cluster fails"),
     "io-timeout": Parameter(None, seconds, "seconds until a request to the cluster fails"),
+    "lock": Parameter(
+        "auto", one_of("auto", "exclusive"), "hand the exclusive lock over to others, or keep it"
+    ),
     "parallel": Parameter(
         "auto", one_of("auto", "yes", "no"), "serve several requests of a connection at once"
     ),
@@ -424,6 +427,10 @@ class Config:
         verdicts = [rule.allow for rule in self.rules if rule.applies(spec, client)]
         return verdicts[-1] if verdicts else False
 
+    def is_read_only(self, spec: Spec, client: str | None) -> bool:
+        is_past = spec.snapshot is not None or spec.base is not None or self["point-in-time"]
+        return is_past or any(rule.applies(spec, client) for rule in self.read_only)
+
     def reaches(self, client: str | None, *parts: str, snapshots: bool = False) -> bool:
         """Tell whether it is worth looking into a pool, namespace or image."""
         return any(
@@ -626,6 +633,8 @@ class Cluster:
                 if shared is found:
                     shared.resources = stack.pop_all()
                 stack.close()
+                if CONFIG["lock"] == "exclusive" and not read_only:
+                    shared.take_lock()
                 yield shared
             finally:
                 with self.changed:
@@ -756,6 +765,8 @@ class OpenImage:
         self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
     ) -> None:
         self.layer: Any = Layer(cluster, ioctx, image, *snapshot_ids(image, spec))
+        self.name = str(spec)
+        self.locking = threading.Lock()
         self.resources: Any = None  # what else to close with it
         self.users = 0
         # Preferred is the piece that lies in one object; NBD and nbdkit want a
@@ -792,12 +803,45 @@ class OpenImage:
         """Return the image, to write to it."""
         return self.layer.image
 
+    def take_lock(self) -> None:
+        """Take the exclusive lock for good, unless somebody else has it."""
+        image = self.layer.image
+        with self.locking:
+            if image.is_exclusive_lock_owner():
+                return
+            look_for_lock(image, self.name)
+            try:
+                image.lock_acquire(rbd.RBD_LOCK_MODE_EXCLUSIVE)
+            except rbd.Error as error:
+                if error.errno == errno.ESHUTDOWN:
+                    raise
+                look_for_lock(image, self.name)
+                raise ExportError(f"cannot lock image '{self.name}': {error}") from None
+
     def fence(self) -> None:
         self.layer = FENCED
 
     def close(self) -> None:
         if not isinstance(self.layer, Fenced):
             self.layer.close()
+
+
+def look_for_lock(image: rbd.Image, name: str) -> None:
+    """Raise an error if there is no exclusive lock, or somebody has it."""
+    if not image.features() & rbd.RBD_FEATURE_EXCLUSIVE_LOCK:
+        raise ExportError(f"lock=exclusive: image '{name}' has not the feature exclusive-lock")
+    alive = {watcher["addr"] for watcher in image.watchers_list()}
+    for owner, by_librbd in owners(image):
+        # librbd that is gone loses the lock to who wants it; `rbd lock add` stays.
+        if owner in alive or not by_librbd:
+            raise ExportError(f"lock=exclusive: image '{name}' is locked by {owner}")
+
+
+def owners(image: rbd.Image) -> list[tuple[str, bool]]:
+    """Return the addresses that have locked the image, and whether librbd did so by itself."""
+    found = image.list_lockers()
+    lockers = found["lockers"] if found else []
+    return [(address, found["tag"] == "internal") for *_, address in lockers]
 
 
 class Ancestors:
@@ -837,7 +881,6 @@ class ChildOfClone(OpenImage):
 
     def __init__(self, ancestors: Ancestors, *args: Any) -> None:
         super().__init__(*args)
-        self.name = str(args[-1])
         self.ancestors = ancestors
         self.headers = SharedAnswer(ancestors.ask)
 
@@ -1148,12 +1191,20 @@ class Handle:
         if isinstance(error, NotFast):
             return errno.ENOTSUP
         self.has_failed = True
+        if getattr(error, "errno", None) == errno.EROFS:
+            # Only with a lock that is not handed over may librbd not write.
+            self.tell_who_has_the_lock()
         number = getattr(error, "errno", None) or errno.EIO
         if isinstance(error, MemoryError):
             number = errno.ENOMEM
         if number == errno.ESHUTDOWN:
             self.cluster.fence()
         return CLIENT_ERRNO.get(number, errno.EIO)
+
+    def tell_who_has_the_lock(self) -> None:
+        with contextlib.suppress(rbd.Error):
+            for owner, _ in owners(self.shared.layer.image):
+                log_error(f"image '{self.shared.name}' is locked by {owner}")
 
 
 FENCED = Fenced()
@@ -1255,9 +1306,7 @@ def requested(read_only: bool) -> tuple[Spec, bool]:
                 f"export '{name}' refused: 'exports' does not allow it"
                 + (hint if CONFIG.for_each_client() else "")
             )
-    read_only |= spec.snapshot is not None or spec.base is not None or CONFIG["point-in-time"]
-    read_only |= any(rule.applies(spec, client) for rule in CONFIG.read_only)
-    return spec, read_only
+    return spec, read_only or CONFIG.is_read_only(spec, client)
 
 
 # One attribute of a distinguished name (RFC 4514), and what goes between two.
@@ -1561,6 +1610,8 @@ def probe_image(spec: Spec) -> None:
             with open_image(ioctx, spec._replace(base=None), read_only=False) as image:
                 remove_left_overs(image)
         with open_image(ioctx, spec, read_only=True) as image:
+            if CONFIG["lock"] == "exclusive" and not CONFIG.is_read_only(spec, None):
+                look_for_lock(image, str(spec))
             OpenImage(cluster.rados, ioctx, image, spec).close()
 
 
