@@ -381,3 +381,61 @@ def test_sigterm_ends_nbdkit_while_the_cluster_does_not_answer(stoppable, waitin
     assert "ends although the cluster has not answered" in stoppable.log()
     if connecting.is_alive():
         connecting.join()
+
+
+@pytest.fixture
+def quick_watches(private_cluster):
+    """Clients that do not answer lose their watch, and with it the lock, after 5 s."""
+
+    def timeout(*words):
+        private_cluster.ceph("tell", "osd.0", "config", *words)
+
+    timeout("set", "osd_client_watch_timeout", "5")
+    yield
+    timeout("unset", "osd_client_watch_timeout")
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("filters", [[], ["--filter=retry"]], ids=["plain", "retry filter"])
+def test_a_gateway_that_was_frozen_writes_nothing_after_another_took_over(
+    stoppable, private_cluster, tmp_path, quick_watches, filters
+):
+    image, place = stoppable.image, tmp_path / "second"
+    place.mkdir()
+    stoppable.options = filters
+    stoppable.extra = ["retries=1", "retry-delay=1"] if filters else []
+    frozen_client = stoppable.start().connect()
+    frozen_client.pwrite(b"a" * MIB, 0)
+    second = Server(place, conf=private_cluster.conf, id="rw", image=image.spec)
+    frozen = Daemon(stoppable.pidfile)
+    try:
+        data = nbd.Buffer.from_bytearray(bytearray(b"z" * 262144))
+        writes = [frozen_client.aio_pwrite(data, number * 262144) for number in range(16)]
+        frozen.stop()
+        client = second.start().connect()
+        for number in range(64):
+            client.pwrite(b"b" * 65536, number * 65536)
+        client.flush()
+        frozen.resume()
+        while frozen_client.aio_in_flight():
+            assert frozen_client.poll(PATIENCE * 1000)
+        results = set()
+        for write in writes:
+            try:
+                frozen_client.aio_command_completed(write)
+                results.add(0)
+            except nbd.Error as error:
+                results.add(error.errnum)
+        assert errno.ESHUTDOWN in results
+        assert results <= {0, errno.ESHUTDOWN}
+        for _ in range(3):
+            assert failure(frozen_client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+        assert client.pread(4 * MIB, 0) == b"b" * 4 * MIB
+        assert image.read(0, 4 * MIB) == b"b" * 4 * MIB
+        # Who reconnects is served again, and takes the lock from the second gateway.
+        again = stoppable.connect()
+        again.pwrite(b"again", 0)
+        assert client.pread(5, 0) == b"again"
+    finally:
+        frozen.resume()
+        second.stop()
