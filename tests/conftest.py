@@ -425,15 +425,13 @@ def server(servers, image):
     return servers(image)
 
 
-@pytest.fixture(scope="session")
-def private_cluster(tmp_path_factory):
-    """A cluster whose daemons a test may stop for a while: no other run uses it."""
-    directory = tmp_path_factory.mktemp("cluster")
+@contextlib.contextmanager
+def running_cluster(directory, *options):
+    """A cluster of a test's own, whose daemons it may stop or kill."""
     script = str(ROOT / "ci/start-ceph.sh")
     try:
-        conf = subprocess.run(
-            [script, "start", directory], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        start = [script, "start", directory, *options]
+        conf = subprocess.run(start, check=True, capture_output=True, text=True).stdout.strip()
         cluster = Cluster(conf)
         cluster.directory = directory
         yield cluster
@@ -441,3 +439,10 @@ def private_cluster(tmp_path_factory):
         cluster.rados.shutdown()
     finally:
         subprocess.run([script, "stop", directory], check=True)
+
+
+@pytest.fixture(scope="session")
+def private_cluster(tmp_path_factory):
+    """A cluster whose daemons a test may stop for a while: no other run uses it."""
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster

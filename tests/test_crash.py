@@ -1,0 +1,25 @@
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""A few rounds of tests/stress/run.sh: nothing that was promised is lost in a crash."""
+
+import pytest
+from conftest import running_cluster
+from stress.crash import FAULTS, Bench
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("crash")
+    with running_cluster(directory / "cluster", "--store", "bluestore") as cluster:
+        bench = Bench(cluster, directory, seed=None)
+        yield bench
+        bench.close()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_that_was_promised_is_lost(bench, fault):
+    _, _, acknowledged, lost, _, recovered = bench.play(fault, rounds=2)
+    assert acknowledged
+    assert not lost
+    assert recovered == "yes"
