@@ -682,7 +682,7 @@ def connected_rados() -> rados.Rados:
             reason = "unknown user, or its key is missing or wrong"
             keyrings = cluster_keyrings.split(",")
             if not any(os.access(path, os.R_OK) for path in keyrings):
-                reason += f"; none of these can be read: {', '.join(keyrings)}"
+                reason += "; no file of the option 'keyring' can be read"
         else:
             reason = str(error)
         raise ExportError(f"cannot connect to the cluster: {reason}") from None

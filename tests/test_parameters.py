@@ -291,10 +291,10 @@ def test_a_wrong_key_is_told(servers, image, tmp_path, cluster):
     assert "cannot connect to the cluster: unknown user, or its key is missing or wrong" in message
 
 
-def test_a_keyring_that_cannot_be_read_is_named(servers, image, tmp_path):
+def test_a_keyring_that_cannot_be_read_is_told(servers, image, tmp_path):
     message = refused(servers(image, **{"ceph.keyring": tmp_path / "missing"}))
-    assert "unknown user, or its key is missing or wrong; none of these can be read:" in message
-    assert f"{tmp_path}/missing" in message
+    assert "unknown user, or its key is missing or wrong;" in message
+    assert "no file of the option 'keyring' can be read" in message
 
 
 def test_a_user_without_permission_is_told(servers, image, cluster):
