@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import threading
@@ -439,3 +440,120 @@ def test_a_gateway_that_was_frozen_writes_nothing_after_another_took_over(
     finally:
         frozen.resume()
         second.stop()
+
+
+class Network:
+    """The way to the daemons of a cluster, which a test cuts for a while."""
+
+    def __init__(self, cluster):
+        osd = json.loads(cluster.ceph("osd", "find", "0", "--format", "json"))
+        addresses = [entry["addr"] for entry in osd["addrs"]["addrvec"]]
+        addresses.append(cluster.rados.conf_get("mon_host"))
+        self.ports = [re.search(r":(\d+)", address)[1] for address in addresses]
+        self.is_cut = False
+
+    def change(self, action):
+        rule = ["-p", "tcp", "-m", "multiport", "--ports", ",".join(self.ports), "-j", "DROP"]
+        subprocess.run(["iptables", "--wait", action, "INPUT", *rule], check=True)
+
+    def stop(self):
+        self.is_cut = True
+        self.change("-I")
+
+    def resume(self):
+        if self.is_cut:
+            self.change("-D")
+        self.is_cut = False
+
+
+@pytest.fixture
+def faults(stoppable, private_cluster):
+    """What a test may stop and resume, by name."""
+    pids = private_cluster.directory / "run"
+    faults = {
+        "OSD stopped": stoppable.osd,
+        "monitor stopped": Daemon(pids / "mon.a.pid"),
+        "network cut": Network(private_cluster),
+    }
+    yield faults
+    for fault in faults.values():
+        fault.resume()
+
+
+COMMANDS = {
+    "read": lambda client: client.pread(4096, 0),
+    "write": lambda client: client.pwrite(b"w" * 4096, 0),
+    "write with FUA": lambda client: client.pwrite(b"w" * 4096, 0, FUA),
+    # What librbd knows not to exist needs no answer: all are about an object that does.
+    "zero": lambda client: client.zero(4096, 0, FUA),
+    "trim": lambda client: client.trim(MIB, 0, FUA),
+    "block status": lambda client: client.block_status(64 * MIB, 0, lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("cut", ["OSD stopped", "network cut"])
+def test_every_command_fails_in_time_and_works_again_afterwards(stoppable, faults, cut):
+    stoppable.parameters["io-timeout"] = 1
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    faults[cut].stop()
+    for name, command in COMMANDS.items():
+        begin = time.monotonic()
+        assert failure(command, client) == errno.EIO, name
+        assert time.monotonic() - begin < 20, name
+    faults[cut].resume()
+
+    def works():
+        with contextlib.suppress(nbd.Error):
+            for command in COMMANDS.values():
+                command(client)
+            client.flush()
+            return True
+
+    wait_until(works)
+    client.pwrite(b"again", 0)
+    client.flush()
+    assert stoppable.image.read(0, 5) == b"again"
+
+
+@pytest.mark.parametrize("cut", ["OSD stopped", "network cut"])
+def test_without_io_timeout_every_command_waits_and_goes_on(stoppable, faults, cut):
+    stoppable.start()
+    clients = [stoppable.connect() for _ in COMMANDS]
+    clients[0].pwrite(b"x" * 4096, 0)
+    faults[cut].stop()
+    with concurrent.futures.ThreadPoolExecutor(len(clients)) as pool:
+        waiting = [
+            pool.submit(command, client)
+            for command, client in zip(COMMANDS.values(), clients, strict=True)
+        ]
+        try:
+            assert not concurrent.futures.wait(waiting, 3).done
+        finally:
+            faults[cut].resume()
+        for future in waiting:
+            future.result(PATIENCE)
+
+
+def test_a_monitor_that_is_gone_is_not_noticed_by_those_who_are_served(stoppable, faults):
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    faults["monitor stopped"].stop()
+    for command in COMMANDS.values():
+        command(client)
+    client.flush()
+    stoppable.connect().pwrite(b"late", 0)
+    assert client.pread(4, 0) == b"late"
+
+
+@pytest.mark.parametrize("cut", ["monitor stopped", "network cut"])
+def test_sigterm_ends_nbdkit_whatever_is_gone(stoppable, faults, cut):
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    faults[cut].stop()
+    if cut == "network cut":
+        client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0)
+    begin = time.monotonic()
+    stoppable.end(signal.SIGTERM)
+    assert time.monotonic() - begin < 6
