@@ -516,6 +516,10 @@ class Cluster:
         self.uses: collections.Counter[Spec | None] = collections.Counter()
         self.images: dict[tuple[Any, ...], OpenImage] = {}
         self.fenced = False
+        # What was permitted on this connection, and what is not any more: the OSDs
+        # know a key's capabilities as they were when it connected.
+        self.served: set[Spec | None] = set()
+        self.refused: set[Spec | None] = set()
         self.changed = threading.Condition()
 
     @classmethod
@@ -524,8 +528,9 @@ class Cluster:
         """Give the connection on which an image is open, or may be."""
         limit = CONFIG["images-per-connection"] or sys.maxsize
         with cls.lock:
-            usable = [self for self in cls.all if spec in self.uses]
-            usable += [self for self in cls.all if spec is None or len(self.uses) < limit]
+            able = [self for self in cls.all if spec not in self.refused]
+            usable = [self for self in able if spec in self.uses]
+            usable += [self for self in able if spec is None or len(self.uses) < limit]
             self = usable[0] if usable else cls()
             self.uses[spec] += 1
             if not usable:
@@ -538,6 +543,11 @@ class Cluster:
         except SHUTDOWN:
             self.fence()
             raise
+        except NoPermission as error:
+            if spec not in self.served:
+                raise
+            self.refused.add(spec)
+            raise Outdated(str(error)) from None
         finally:
             with cls.lock:
                 self.uses[spec] -= 1
@@ -662,6 +672,14 @@ class Cluster:
             return shared
 
 
+class NoPermission(ExportError):
+    """The key is not for an image."""
+
+
+class Outdated(NoPermission):
+    """A new connection may have the permission."""
+
+
 SHUTDOWN = rbd.ConnectionShutdown, rados.ConnectionShutdown
 
 
@@ -711,7 +729,7 @@ def open_image(ioctx: rados.Ioctx, spec: Spec, read_only: bool) -> Iterator[rbd.
         raise ExportError(what_is_missing(ioctx, spec)) from None
     except rbd.PermissionError:
         hint = "" if read_only else "; if the key is read-only, start nbdkit with -r"
-        raise ExportError(f"no permission to open image '{spec}'{hint}") from None
+        raise NoPermission(f"no permission to open image '{spec}'{hint}") from None
     except rbd.Error as error:
         if error.errno == errno.ESHUTDOWN:
             raise
@@ -1183,6 +1201,8 @@ class Handle:
             self.shared = stack.enter_context(self.cluster.open(spec, read_only))
             self.size = self.shared.layer.image.size()
             self.description = description(spec)
+            self.cluster.served.add(spec)
+            self.spec = spec
             self.close = stack.pop_all().close
         self.has_failed = False
 
@@ -1199,6 +1219,8 @@ class Handle:
             number = errno.ENOMEM
         if number == errno.ESHUTDOWN:
             self.cluster.fence()
+        if number in (errno.EPERM, errno.EACCES):
+            self.cluster.refused.add(self.spec)
         return CLIENT_ERRNO.get(number, errno.EIO)
 
     def tell_who_has_the_lock(self) -> None:
@@ -1238,8 +1260,9 @@ def is_non_primary(image: rbd.Image) -> bool:
 def despite_fence(action: Callable[[], R]) -> R:
     """Do what a fence may interrupt for a client that has written nothing yet."""
     for _ in list(Cluster.all):
-        # Each may have been fenced since it was last used, and is given up then.
-        with contextlib.suppress(*SHUTDOWN):
+        # Each may have been fenced since it was last used, and is given up then; or its
+        # key has got other capabilities.
+        with contextlib.suppress(*SHUTDOWN, Outdated):
             return action()
     return action()
 

@@ -557,3 +557,83 @@ def test_sigterm_ends_nbdkit_whatever_is_gone(stoppable, faults, cut):
     begin = time.monotonic()
     stoppable.end(signal.SIGTERM)
     assert time.monotonic() - begin < 6
+
+
+@pytest.fixture
+def short_tickets(private_cluster):
+    """Clients ask the monitor anew what they may after 5 s at the latest."""
+    private_cluster.ceph("config", "set", "mon", "auth_service_ticket_ttl", "5")
+    yield
+    private_cluster.ceph("config", "rm", "mon", "auth_service_ticket_ttl")
+
+
+def test_a_key_that_may_no_more_is_eperm_and_a_client_works_again_as_soon_as_it_may(
+    stoppable, private_cluster, short_tickets
+):
+    pool = private_cluster.pool
+    caps = {"mon": "profile rbd", "osd": f"profile rbd pool={pool}"}
+    with private_cluster.key(**caps) as login:
+
+        def may(osd):
+            words = ["auth", "caps", f"client.{login['id']}", "mon", "profile rbd", "osd", osd]
+            private_cluster.ceph(*words)
+
+        stoppable.parameters |= login
+        client, reader = stoppable.start().connect(), stoppable.connect()
+        client.pwrite(b"may", 0)
+        may("profile rbd-read-only")
+
+        def refused():
+            # The OSD asks when a client connects; it comes up again by itself.
+            private_cluster.ceph("osd", "down", "0")
+            wait_until(lambda: "1 up" in private_cluster.ceph("osd", "stat"))
+            try:
+                client.pwrite(b"may", 0)
+            except nbd.Error as error:
+                return error.errnum
+            return None
+
+        assert wait_until(refused) == errno.EPERM
+        assert reader.pread(3, 0) == b"may"
+        with pytest.raises(nbd.Error):
+            stoppable.connect()
+        wait_until(lambda: "no permission to open image" in stoppable.log())
+        may(caps["osd"])
+
+        def served():
+            try:
+                return stoppable.connect()
+            except nbd.Error:
+                return None
+
+        again = wait_until(served)
+        again.pwrite(b"back", 0)
+        assert again.pread(4, 0) == b"back"
+        stoppable.stop()
+
+
+def test_a_full_osd_is_enospc_and_writes_go_on_when_there_is_space(stoppable, private_cluster):
+    client = stoppable.start().connect()
+    client.pwrite(b"r" * 4096, 0)
+
+    ratios = {"nearfull": 0.85, "backfillfull": 0.9, "full": 0.95}
+    try:
+        for name in ratios:
+            private_cluster.ceph("osd", f"set-{name}-ratio", "0.0001")
+        wait_until(lambda: "full osd" in private_cluster.ceph("health", "detail"))
+
+        def refused():
+            try:
+                client.pwrite(b"x" * 4096, 32 * MIB)
+            except nbd.Error as error:
+                return error.errnum
+            return None
+
+        assert wait_until(refused) == errno.ENOSPC
+        assert client.pread(4096, 0) == b"r" * 4096
+    finally:
+        for name, ratio in reversed(ratios.items()):
+            private_cluster.ceph("osd", f"set-{name}-ratio", str(ratio))
+        wait_until(lambda: "full osd" not in private_cluster.ceph("health", "detail"))
+    wait_until(lambda: not refused())
+    assert client.pread(4096, 32 * MIB) == b"x" * 4096
