@@ -518,17 +518,17 @@ class Cluster:
         self.fenced = False
         # What was permitted on this connection, and what is not any more: the OSDs
         # know a key's capabilities as they were when it connected.
-        self.served: set[Spec | None] = set()
-        self.refused: set[Spec | None] = set()
+        self.served: set[tuple[Spec | None, bool]] = set()
+        self.refused: set[tuple[Spec | None, bool]] = set()
         self.changed = threading.Condition()
 
     @classmethod
     @contextlib.contextmanager
-    def use(cls, spec: Spec | None = None) -> Iterator[Cluster]:
+    def use(cls, spec: Spec | None = None, read_only: bool = True) -> Iterator[Cluster]:
         """Give the connection on which an image is open, or may be."""
         limit = CONFIG["images-per-connection"] or sys.maxsize
         with cls.lock:
-            able = [self for self in cls.all if spec not in self.refused]
+            able = [self for self in cls.all if (spec, read_only) not in self.refused]
             usable = [self for self in able if spec in self.uses]
             usable += [self for self in able if spec is None or len(self.uses) < limit]
             self = usable[0] if usable else cls()
@@ -544,9 +544,9 @@ class Cluster:
             self.fence()
             raise
         except NoPermission as error:
-            if spec not in self.served:
+            if (spec, read_only) not in self.served:
                 raise
-            self.refused.add(spec)
+            self.refused.add((spec, read_only))
             raise Outdated(str(error)) from None
         finally:
             with cls.lock:
@@ -585,6 +585,12 @@ class Cluster:
             for shared in self.images.values():
                 shared.fence()
 
+    def finish(self) -> list[OpenImage]:
+        """Open no image any more; return those that are."""
+        with self.changed:
+            self.fenced = True
+            return list(self.images.values())
+
     @classmethod
     def end(cls) -> None:
         """Close what is still open, at the end of nbdkit.
@@ -594,9 +600,9 @@ class Cluster:
         must not keep another from being flushed.
         """
         connected = [self for self in cls.all if self.connected.done()]
-        images = [shared for self in connected for shared in self.images.values()]
+        images = [shared for self in connected for shared in self.finish()]
         with concurrent.futures.ThreadPoolExecutor(len(images) + 1) as pool:
-            closed = [pool.submit(shared.resources.close) for shared in images]
+            closed = [pool.submit(shared.resources.close) for shared in images if shared.resources]
         for self in connected:
             self.disconnect()
         for future in closed:
@@ -622,13 +628,16 @@ class Cluster:
             key = identity(image, ioctx, spec, read_only)
             kind: Callable[..., OpenImage] = ReadOnlyImage if read_only else OpenImage
             if not read_only and image.overlap():
-                ancestors = Ancestors.of(self.rados, ioctx, image.id())
+                image_id = image.id()
+                ancestors = Ancestors.of(self.rados, ioctx, image_id)
                 if ancestors.headers:
                     key = (*key, repr(ancestors.headers))
                     kind = functools.partial(ChildOfClone, ancestors)
                     # librbd is to open the ancestors after they were looked at.
                     image.close()
                     image = stack.enter_context(open_image(ioctx, spec, read_only))
+                    if image.id() != image_id:
+                        raise ExportError(f"image '{spec}' has become another one just now")
             found = None
             shared = self.join(key, None)
             if not shared:
@@ -661,10 +670,10 @@ class Cluster:
     def join(self, key: tuple[Any, ...], found: OpenImage | None) -> Any:
         """Use the open image that is known by this key, or else the one found."""
         with self.changed:
-            if self.fenced:
-                raise rbd.ConnectionShutdown("fenced", errno=errno.ESHUTDOWN)
             # One that is being closed has writes to finish first.
             self.changed.wait_for(lambda: key not in self.images or self.images[key].users)
+            if self.fenced:
+                raise rbd.ConnectionShutdown("fenced", errno=errno.ESHUTDOWN)
             shared = self.images.get(key, found)
             if shared:
                 self.images[key] = shared
@@ -817,9 +826,9 @@ class OpenImage:
         """Do what reads from the image."""
         return action(self.layer)
 
-    def writing(self) -> rbd.Image:
-        """Return the image, to write to it."""
-        return self.layer.image
+    def writing(self, action: Callable[[rbd.Image], None]) -> None:
+        """Do what writes to the image, or flushes what was written."""
+        action(self.layer.image)
 
     def take_lock(self) -> None:
         """Take the exclusive lock for good, unless somebody else has it."""
@@ -907,9 +916,11 @@ class ChildOfClone(OpenImage):
         self.check()
         return result
 
-    def writing(self) -> rbd.Image:
+    def writing(self, action: Callable[[rbd.Image], None]) -> None:
+        # Before, so as to damage nothing; after, since it may have taken its time.
         self.check()
-        return super().writing()
+        super().writing(action)
+        self.check()
 
     def check(self) -> None:
         """Refuse when librbd may have a wrong idea of an ancestor of which there still is one."""
@@ -1197,12 +1208,12 @@ class Handle:
 
     def __init__(self, spec: Spec, read_only: bool) -> None:
         with contextlib.ExitStack() as stack:
-            self.cluster = stack.enter_context(Cluster.use(spec))
+            self.cluster = stack.enter_context(Cluster.use(spec, read_only))
             self.shared = stack.enter_context(self.cluster.open(spec, read_only))
             self.size = self.shared.layer.image.size()
             self.description = description(spec)
-            self.cluster.served.add(spec)
-            self.spec = spec
+            self.served = spec, read_only
+            self.cluster.served.add(self.served)
             self.close = stack.pop_all().close
         self.has_failed = False
 
@@ -1220,13 +1231,13 @@ class Handle:
         if number == errno.ESHUTDOWN:
             self.cluster.fence()
         if number in (errno.EPERM, errno.EACCES):
-            self.cluster.refused.add(self.spec)
+            self.cluster.refused.add(self.served)
         return CLIENT_ERRNO.get(number, errno.EIO)
 
     def tell_who_has_the_lock(self) -> None:
         with contextlib.suppress(rbd.Error):
             for owner, _ in owners(self.shared.layer.image):
-                log_error(f"image '{self.shared.name}' is locked by {owner}")
+                tell_once(f"image '{self.shared.name}' is locked by {owner}")
 
 
 FENCED = Fenced()
@@ -1696,16 +1707,20 @@ def end_connections(signalled: int) -> NoReturn:
     """
     os.read(signalled, 1)
     nbdkit.shutdown()
-    deadline = time.monotonic() + GRACE
-    while time.monotonic() < deadline:  # nbdkit may be accepting a client just now
-        with contextlib.ExitStack() as stack:
+    begin = time.monotonic()
+    names: set[Any] = set()
+    # Without a listening socket (nbdkit -s) there is one client, who ends it.
+    while not names or time.monotonic() < begin + GRACE:
+        # nbdkit reads an end of file, and answers what it has read before, unless the
+        # client takes no answers.
+        late = time.monotonic() > begin + GRACE / 2
+        with contextlib.ExitStack() as stack:  # nbdkit may be accepting a client just now
             sockets = [stack.enter_context(s) for s in own_sockets()]
-            names = {name for s in sockets if is_listening(s) and (name := name_of(s))}
+            names |= {name for s in sockets if is_listening(s) and (name := name_of(s))}
             for s in sockets:
                 if not is_listening(s) and name_of(s) in names:
-                    # nbdkit reads an end of file, and answers what it has read before.
                     with contextlib.suppress(OSError):
-                        s.shutdown(socket.SHUT_RD)
+                        s.shutdown(socket.SHUT_RDWR if late else socket.SHUT_RD)
         time.sleep(0.1)
     log_error("ends although the cluster has not answered all requests")
     os._exit(1)
@@ -1923,21 +1938,26 @@ def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
 
 @request
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
-    h.shared.writing().write(bytes(buf), offset, FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0)
+    data, fadvise = bytes(buf), FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0
+    h.shared.writing(lambda image: image.write(data, offset, fadvise))
 
 
 @request
 def flush(h: Handle, flags: int) -> None:
-    h.shared.layer.image.flush()
+    h.shared.writing(lambda image: image.flush())
 
 
 @request
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """Free the space of whole discard granules; data elsewhere may stay."""
-    for start, length in pieces(offset, count):
-        h.shared.writing().discard(start, length)
-    if flags & nbdkit.FLAG_FUA:
-        h.shared.layer.image.flush()
+
+    def discard(image: rbd.Image) -> None:
+        for start, length in pieces(offset, count):
+            image.discard(start, length)
+        if flags & nbdkit.FLAG_FUA:
+            image.flush()
+
+    h.shared.writing(discard)
 
 
 @request
@@ -1950,10 +1970,14 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     zero_flags = 0 if flags & nbdkit.FLAG_MAY_TRIM else rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
     if zero_flags and flags & nbdkit.FLAG_FAST_ZERO:
         raise NotFast
-    for start, length in pieces(offset, count):
-        h.shared.writing().write_zeroes(start, length, zero_flags)
-    if flags & nbdkit.FLAG_FUA:
-        h.shared.layer.image.flush()
+
+    def write_zeroes(image: rbd.Image) -> None:
+        for start, length in pieces(offset, count):
+            image.write_zeroes(start, length, zero_flags)
+        if flags & nbdkit.FLAG_FUA:
+            image.flush()
+
+    h.shared.writing(write_zeroes)
 
 
 @request
@@ -2263,7 +2287,9 @@ class Layer:
         if covers and same and self.settled:
             return within(known.found, low, high)
         # The longer nothing changes, the further it pays to look ahead.
-        ahead = max(AHEAD * self.period, 2 * (known.high - known.low) if same else 0)
+        ahead = max(
+            AHEAD * self.period, 2 * (known.high - known.low) if same and self.settled else 0
+        )
         for _ in range(3):
             if state is None:
                 return None

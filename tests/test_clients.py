@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -148,6 +149,25 @@ def test_a_client_that_does_not_read_its_replies_holds_up_nobody(gateway, images
                 deaf.sendall(request(0, 0, 8 * MIB))
         gateway.connect(victim.name).shutdown()
         deaf.close()
+
+
+def test_a_client_that_does_not_read_its_replies_does_not_keep_nbdkit_from_a_clean_end(
+    gateway, images
+):
+    victim, other = images.create(), images.create()
+    gateway.parameters["ceph.rbd_cache_policy"] = "writeback"
+    client = gateway.start().connect(other.name)
+    client.pwrite(b"x", 0)
+    client.flush()
+    client.pwrite(b"acknowledged early", 0)
+    deaf = raw(gateway, victim.name)
+    for _ in range(4):
+        deaf.sendall(request(0, 0, 8 * MIB))
+    assert deaf.recv(1, socket.MSG_PEEK)  # nbdkit is about to send more than it can
+    gateway.end(signal.SIGTERM)
+    deaf.close()
+    assert gateway.process.returncode == 0
+    assert other.read(0, 18) == b"acknowledged early"
 
 
 def test_half_open_connections_hold_up_nobody(gateway, images):

@@ -567,6 +567,7 @@ def short_tickets(private_cluster):
     private_cluster.ceph("config", "rm", "mon", "auth_service_ticket_ttl")
 
 
+@pytest.mark.timeout(200)
 def test_a_key_that_may_no_more_is_eperm_and_a_client_works_again_as_soon_as_it_may(
     stoppable, private_cluster, short_tickets
 ):
