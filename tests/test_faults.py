@@ -5,6 +5,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -623,9 +624,12 @@ def test_a_full_osd_is_enospc_and_writes_go_on_when_there_is_space(stoppable, pr
             private_cluster.ceph("osd", f"set-{name}-ratio", "0.0001")
         wait_until(lambda: "full osd" in private_cluster.ceph("health", "detail"))
 
+        # What takes no more space than before is not refused: always a new place.
+        places = itertools.count(16 * MIB, 4096)
+
         def refused():
             try:
-                client.pwrite(b"x" * 4096, 32 * MIB)
+                client.pwrite(b"x" * 4096, next(places))
             except nbd.Error as error:
                 return error.errnum
             return None
@@ -637,4 +641,4 @@ def test_a_full_osd_is_enospc_and_writes_go_on_when_there_is_space(stoppable, pr
             private_cluster.ceph("osd", f"set-{name}-ratio", str(ratio))
         wait_until(lambda: "full osd" not in private_cluster.ceph("health", "detail"))
     wait_until(lambda: not refused())
-    assert client.pread(4096, 32 * MIB) == b"x" * 4096
+    assert client.pread(4096, next(places) - 4096) == b"x" * 4096
