@@ -19,7 +19,9 @@ def bench(tmp_path_factory):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_that_was_promised_is_lost(bench, fault):
-    _, _, acknowledged, lost, _, recovered = bench.play(fault, rounds=2)
+    # nbdkit starts by turns with a cache that answers early and with one that does not.
+    rounds = 2 if fault == "nbdkit killed" else 1
+    _, _, acknowledged, lost, _, recovered = bench.play(fault, rounds)
     assert acknowledged
     assert not lost
     assert recovered == "yes"

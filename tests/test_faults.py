@@ -284,7 +284,7 @@ def test_a_request_never_fails_with_einval_for_a_fault_of_the_cluster(stoppable)
 @pytest.mark.parametrize("cut", [[], ["-t", "1"]], ids=["threads", "one thread"])
 def test_a_filter_that_retries_writes_nothing_for_a_fenced_client(server, image, cluster, cut):
     server.options = ["--filter=retry", *cut]
-    server.extra = ["retries=2", "retry-delay=1"]
+    server.extra = ["retries=1", "retry-delay=1"]
     client = server.start().connect()
     client.pwrite(b"before", 0)
     (watcher,) = image.watchers()
@@ -411,8 +411,8 @@ def test_a_gateway_that_was_frozen_writes_nothing_after_another_took_over(
     second = Server(place, conf=private_cluster.conf, id="rw", image=image.spec)
     frozen = Daemon(stoppable.pidfile)
     try:
-        data = nbd.Buffer.from_bytearray(bytearray(b"z" * 262144))
-        writes = [frozen_client.aio_pwrite(data, number * 262144) for number in range(16)]
+        data = nbd.Buffer.from_bytearray(bytearray(b"z" * 524288))
+        writes = [frozen_client.aio_pwrite(data, number * 524288) for number in range(8)]
         frozen.stop()
         client = second.start().connect()
         for number in range(64):
