@@ -2170,21 +2170,17 @@ class Layer:
 
     def candidates(self, low: int, high: int) -> Ranges:
         """Return where the status may be anything but that of all the rest."""
-        if low >= high or self.opaque:
-            return [(low, high)] if low < high else []
+        if not self.base or self.opaque or low >= high:
+            return self.present(low, high)
+        overlap, size = self.image.overlap(), self.base.image.size()
         objects = self.objects(low, high, self.since)
-        if self.base:
-            if objects is None:
-                # What has changed exists now, or did then.
-                objects = self.present(low, high) + self.base.present(
-                    low, min(high, self.base.image.size())
-                )
-            # A clone that shrank has lost more of its parent, without a trace in the
-            # object maps; and what an image has grown by since then was nothing.
-            overlap, size = self.image.overlap(), self.base.image.size()
-            lost = overlap, max(overlap, self.base.image.overlap())
-            return within(union(objects, [lost, (size, max(size, high))]), low, high)
-        return self.present(low, high)
+        if objects is None:
+            # What has changed exists now, or did then.
+            objects = self.present(low, high) + self.base.present(low, min(high, size))
+        # A clone that shrank has lost more of its parent, without a trace in the object
+        # maps; and what an image has grown by since then was nothing.
+        lost = overlap, max(overlap, self.base.image.overlap())
+        return within(union(objects, [lost, (size, max(size, high))]), low, high)
 
     def present(self, low: int, high: int) -> Ranges:
         """Return where objects are, of this layer or of one below."""
