@@ -791,7 +791,8 @@ class OpenImage:
     def __init__(
         self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
     ) -> None:
-        self.layer: Any = Layer(cluster, ioctx, image, *snapshot_ids(image, spec))
+        self.snapshot_ids = snapshot_ids(image, spec)
+        self.layer: Any = Layer(cluster, ioctx, image, *self.snapshot_ids)
         self.name = str(spec)
         self.locking = threading.Lock()
         self.resources: Any = None  # what else to close with it
@@ -884,9 +885,8 @@ class Ancestors:
         self.headers: list[dict[str, bytes]] = []
         while parent := parent_of(encoding):
             pool, namespace, image_id, snapshot_id = parent
-            ioctx = cluster.open_ioctx2(pool)
-            ioctx.set_namespace(namespace)
             keys = "parent", f"snapshot_{snapshot_id:016x}"
+            ioctx = pool_by_id(cluster, pool, namespace)
             question = functools.partial(ask_header, ioctx, image_id, keys)
             header = question()()
             encoding = header.get("parent")
@@ -912,7 +912,7 @@ class ChildOfClone(OpenImage):
         self.headers = SharedAnswer(ancestors.ask)
 
     def reading(self, action: Callable[[Layer], R]) -> R:
-        result = action(self.layer)
+        result = super().reading(action)
         self.check()
         return result
 
@@ -953,8 +953,6 @@ class ReadOnlyImage(OpenImage):
         self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
     ) -> None:
         super().__init__(cluster, ioctx, image, spec)
-        self.spec = spec
-        self.snapshot_ids = snapshot_ids(image, spec)
         # The header may have changed since librbd has read it: not known yet.
         self.current: tuple[Any, Any] = self.layer, None
         self.ancestors = Ancestors(cluster, None)
@@ -998,18 +996,16 @@ class ReadOnlyImage(OpenImage):
                 return  # somebody else has done it
             header, _ = self.header.ask()
             self.ancestors = Ancestors(known.cluster, header.get("parent"))
-            image = rbd.Image(known.ioctx, image_id=known.image_id, read_only=True)
+            image = open_by_id(known.ioctx, known.image_id, self.snapshot_ids[0])
             for number in self.snapshot_ids:
                 if number and image.snap_get_namespace_type(number) != USER_SNAPSHOT:
                     raise self.gone()  # to the trash
-            if self.snapshot_ids[0]:
-                image.set_snap_by_id(self.snapshot_ids[0])
             layer = Layer(known.cluster, known.ioctx, image, *self.snapshot_ids)
             # The former one is closed when the last request has let go of it.
             self.current = layer, (header, self.ancestors.headers)
 
     def gone(self) -> ExportError:
-        return ExportError(f"image '{self.spec}' has been removed while it was open")
+        return ExportError(f"image '{self.name}' has been removed while it was open")
 
     def fence(self) -> None:
         super().fence()
@@ -2260,8 +2256,7 @@ class Layer:
                 if not parent:
                     raise ExportError(f"the header of image {self.image_id} names no parent")
                 pool, namespace, image_id, snapshot_id = parent
-                ioctx = self.cluster.open_ioctx2(pool)
-                ioctx.set_namespace(namespace)
+                ioctx = pool_by_id(self.cluster, pool, namespace)
                 image = open_by_id(ioctx, image_id, snapshot_id)
                 self.below = encoding, Layer(self.cluster, ioctx, image, snapshot_id)
             return self.below[1]
@@ -2449,7 +2444,14 @@ def tell_once(text: str) -> None:
     log_error(text)
 
 
-def open_by_id(ioctx: rados.Ioctx, image_id: str, snapshot_id: int) -> rbd.Image:
+def open_by_id(ioctx: rados.Ioctx, image_id: str, snapshot_id: int | None) -> rbd.Image:
     image = rbd.Image(ioctx, image_id=image_id, read_only=True)
-    image.set_snap_by_id(snapshot_id)
+    if snapshot_id is not None:
+        image.set_snap_by_id(snapshot_id)
     return image
+
+
+def pool_by_id(cluster: rados.Rados, pool: int, namespace: str) -> rados.Ioctx:
+    ioctx = cluster.open_ioctx2(pool)
+    ioctx.set_namespace(namespace)
+    return ioctx
