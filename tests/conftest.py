@@ -41,6 +41,12 @@ def wait_until(condition, seconds=PATIENCE):
     )(condition)
 
 
+def wait_for_answers(client):
+    """Return when all that a client has sent is answered."""
+    while client.aio_in_flight():
+        assert client.poll(PATIENCE * 1000)
+
+
 def unique(prefix):
     return f"{prefix}-{uuid.uuid4().hex[:8]}"
 
@@ -321,6 +327,31 @@ class Server:
 
     def descriptors(self):
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+class Daemon:
+    """A process that a test stops for a while, or kills."""
+
+    def __init__(self, pidfile):
+        self.pid = int(pidfile.read_text())
+
+    def stop(self):
+        """Return when it has stopped; each thread takes its own moment to."""
+        os.kill(self.pid, signal.SIGSTOP)
+        wait_until(lambda: set(self.thread_states()) == {"T"})
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: not pathlib.Path(f"/proc/{self.pid}").exists())
+
+    def resume(self):
+        os.kill(self.pid, signal.SIGCONT)
+
+    def thread_states(self):
+        for thread in pathlib.Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                # The name of a thread, in parentheses, may have any characters.
+                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def refused(server):

@@ -7,8 +7,6 @@ import contextlib
 import errno
 import itertools
 import json
-import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -17,7 +15,7 @@ import time
 
 import nbd
 import pytest
-from conftest import MIB, PATIENCE, Images, Server, wait_until
+from conftest import MIB, PATIENCE, Daemon, Images, Server, wait_for_answers, wait_until
 
 
 def failure(call, *args):
@@ -112,27 +110,6 @@ def test_a_key_that_may_not_write_data_is_eperm(servers, image, cluster):
         assert client.pread(3, 0) == b"old"
 
 
-class Daemon:
-    """A process that a test stops for a while."""
-
-    def __init__(self, pidfile):
-        self.pid = int(pidfile.read_text())
-
-    def stop(self):
-        """Return when it has stopped; each thread takes its own moment to."""
-        os.kill(self.pid, signal.SIGSTOP)
-        wait_until(lambda: set(self.thread_states()) == {"T"})
-
-    def resume(self):
-        os.kill(self.pid, signal.SIGCONT)
-
-    def thread_states(self):
-        for thread in pathlib.Path(f"/proc/{self.pid}/task").iterdir():
-            with contextlib.suppress(OSError):  # it has ended
-                # The name of a thread, in parentheses, may have any characters.
-                yield (thread / "stat").read_text().rpartition(")")[2].split()[0]
-
-
 @pytest.fixture
 def stoppable(private_cluster, tmp_path):
     """A server, not yet started, on a cluster whose OSD may be stopped (`.osd`)."""
@@ -169,8 +146,7 @@ def test_io_timeout_does_not_add_up_for_requests_at_once(stoppable):
     begin = time.monotonic()
     buffers = [nbd.Buffer(4096) for _ in range(8)]
     reads = [client.aio_pread(buffer, number * 4096) for number, buffer in enumerate(buffers)]
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert time.monotonic() - begin < 10
     assert [failure(client.aio_command_completed, read) for read in reads] == [errno.EIO] * 8
 
@@ -184,8 +160,7 @@ def test_without_io_timeout_a_request_waits_for_the_cluster(stoppable):
     cookie = client.aio_pread(buffer, 0)
     assert client.poll(3000) == 0 or not client.aio_command_completed(cookie)
     stoppable.osd.resume()
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert client.aio_command_completed(cookie)
     assert buffer.to_bytearray() == b"x" * 4096
 
@@ -222,8 +197,7 @@ def test_a_promise_is_not_answered_before_the_cluster_has_answered(stoppable):
     # Time enough for a wrong answer; a right one cannot come.
     assert client.poll(2000) == 0
     stoppable.osd.resume()
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert all(client.aio_command_completed(cookie) for cookie in promises)
 
 
@@ -235,8 +209,7 @@ def test_by_default_no_write_is_answered_before_the_cluster_has_answered(stoppab
     cookie = client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"y" * 4096)), 0)
     assert client.poll(2000) == 0
     stoppable.osd.resume()
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert client.aio_command_completed(cookie)
 
 
@@ -310,16 +283,15 @@ def test_a_filter_that_retries_gets_over_a_fault_that_passes(stoppable):
     cookie = client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"y" * 4096)), 0)
     wait_until(lambda: "pwrite: error" in stoppable.log())
     stoppable.osd.resume()
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert client.aio_command_completed(cookie)
     assert client.pread(4096, 0) == b"y" * 4096
 
 
-def refusal(server, *exports):
+def refusal(server):
     client = nbd.NBD()
     with pytest.raises(nbd.Error):
-        client.connect_uri(f"nbd+unix:///{''.join(exports)}?socket={server.socket}")
+        client.connect_unix(str(server.socket))
 
 
 def test_a_client_is_refused_in_time_while_no_osd_answers(stoppable):
@@ -375,8 +347,7 @@ def test_sigterm_ends_nbdkit_while_the_cluster_does_not_answer(stoppable, waitin
     else:
         client.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(4096)), 0)
         if waiting == "the close":
-            while client.aio_in_flight():
-                assert client.poll(PATIENCE * 1000)
+            wait_for_answers(client)
     begin = time.monotonic()
     stoppable.end(signal.SIGTERM)
     assert time.monotonic() - begin < 6
@@ -419,8 +390,7 @@ def test_a_gateway_that_was_frozen_writes_nothing_after_another_took_over(
             client.pwrite(b"b" * 65536, number * 65536)
         client.flush()
         frozen.resume()
-        while frozen_client.aio_in_flight():
-            assert frozen_client.poll(PATIENCE * 1000)
+        wait_for_answers(frozen_client)
         results = set()
         for write in writes:
             try:

@@ -25,6 +25,7 @@ from conftest import (
     data_extents,
     refused,
     unique,
+    wait_for_answers,
     wait_until,
 )
 from hypothesis import HealthCheck, example, given, settings
@@ -750,8 +751,7 @@ def test_reads_under_way_when_their_snapshot_goes_fail_all(other_pool, gateway, 
         reads = [client.aio_pread(buffer, 4096 * i) for i, buffer in enumerate(buffers)]
         with image.open() as opened:
             opened.remove_snap("monday")
-    while client.aio_in_flight():
-        assert client.poll(PATIENCE * 1000)
+    wait_for_answers(client)
     assert [failure(client.aio_command_completed, read) for read in reads] == [errno.EIO] * 8
 
 
@@ -841,8 +841,7 @@ def test_much_that_hangs_delays_no_other(other_pool, gateway, images, cluster):
         working.pwrite(b"y" * 4096, 0)
         server.connect(fine.name).shutdown()
         assert time.monotonic() - begin < PATIENCE / 4
-    while waiting.aio_in_flight():
-        assert waiting.poll(PATIENCE * 1000)
+    wait_for_answers(waiting)
 
 
 def test_an_image_that_hangs_delays_no_other(other_pool, gateway, images, cluster):

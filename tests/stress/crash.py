@@ -15,7 +15,6 @@ import itertools
 import os
 import pathlib
 import random
-import signal
 import struct
 import subprocess
 import sys
@@ -26,7 +25,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import nbd
-from conftest import MIB, Cluster, Images, Server, wait_until
+from conftest import MIB, Cluster, Daemon, Images, Server, wait_until
 from tabulate import tabulate
 
 BLOCK = 4096
@@ -159,12 +158,11 @@ class Bench:
             for thread in threads:
                 thread.join()
 
+    def osd(self):
+        return Daemon(self.cluster.directory / "run/osd.0.pid")
+
     def kill_osd(self):
-        pidfile = self.cluster.directory / "run/osd.0.pid"
-        pid = int(pidfile.read_text())
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not pathlib.Path(f"/proc/{pid}").exists())
-        pidfile.unlink(missing_ok=True)
+        self.osd().kill()
 
     def start_osd(self):
         with (self.cluster.directory / "log/osd.0.out").open("a") as log:
@@ -212,11 +210,11 @@ class Bench:
         return lost
 
     def osd_frozen(self):
-        pid = int((self.cluster.directory / "run/osd.0.pid").read_text())
+        osd = self.osd()
         with self.writing():
-            os.kill(pid, signal.SIGSTOP)
+            osd.stop()
             time.sleep(self.rng.uniform(0.1, 3))
-            os.kill(pid, signal.SIGCONT)
+            osd.resume()
         for writer in self.writers:
             writer.flush()
         return self.lost()
