@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import threading
@@ -49,6 +50,38 @@ def wait_for_answers(client):
 
 def unique(prefix):
     return f"{prefix}-{uuid.uuid4().hex[:8]}"
+
+
+def recipe(heading, names):
+    """The commands that the README prints under a heading, with other names in them.
+
+    Names are those of images, folders and sockets: runs must not meet.
+    """
+    text = (ROOT / "README.md").read_text()
+    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
+    commands = "\n".join(re.findall(r"^    (.*)$", section[1], re.MULTILINE))
+    # The plugin of this tree, not the one that may be installed.
+    commands = re.sub(r" rbd (?=[a-z-]+=)", f" python {PLUGIN} ", commands)
+    for printed, ours in names.items():
+        assert printed in commands, printed
+        commands = commands.replace(printed, str(ours))
+    return commands
+
+
+def run_script(script, cluster, directory):
+    """Run commands with bash until one fails; return what they print."""
+    environment = {**os.environ, "CEPH_CONF": cluster.conf, "TMPDIR": str(directory)}
+    done = subprocess.run(
+        ["bash", "-c", f"set -euo pipefail\n{script}"],
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 class Cluster:

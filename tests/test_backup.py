@@ -14,12 +14,13 @@ from conftest import (
     GIB,
     MIB,
     OBJECT,
-    ROOT,
     Image,
     assert_same,
     data_extents,
     extents,
+    recipe,
     refused,
+    run_script,
     unique,
     wait_until,
 )
@@ -422,10 +423,6 @@ def test_a_mistake_is_named(servers, parameters, message):
 
 
 def test_the_recipes_of_the_readme_work_as_printed(cluster, images, tmp_path):
-    """Only the names of pool, image and folder are others here, so that runs do not meet."""
-    text = (ROOT / "README.md").read_text()
-    section = text.split("## Back up and restore\n")[1].split("\n## ")[0]
-    commands = "\n".join(re.findall(r"^    (.*)$", section, re.MULTILINE))
     size = GIB  # create=1G
     image = images.create(size)
     image.write(os.urandom(6 * MIB), MIB)
@@ -437,15 +434,11 @@ def test_the_recipes_of_the_readme_work_as_printed(cluster, images, tmp_path):
         place, data = next(changes)
         return f"change {place} {data[:1].decode()} {len(data)}; {_match[0]}"
 
-    names = {"rbd/vm1-restored": restored.spec, "rbd/vm1": image.spec}
-    for old, new in names.items():
-        commands = commands.replace(old, new)
-    commands = commands.replace("/backup/", f"{tmp_path}/").replace(
-        " rbd_export.py", f" {ROOT}/rbd_export.py"
-    )
+    names = {"rbd/vm1-restored": restored.spec, "rbd/vm1": image.spec, "/backup/": f"{tmp_path}/"}
+    commands = recipe("Back up and restore", names)
     # The guest writes before each snapshot but the first.
     commands = re.sub(r"rbd snap create \S+@(tuesday|wednesday)", change, commands)
-    script = f"""set -euo pipefail
+    script = f"""
 change() {{
   /usr/bin/python3 - "$@" <<'END'
 import sys, rados, rbd
@@ -458,11 +451,7 @@ END
 }}
 {commands}
 """
-    environment = {**os.environ, "CEPH_CONF": cluster.conf, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script(script, cluster, tmp_path)
     for place in range(0, size, 64 * MIB):
         assert_same(restored.read(place, 64 * MIB), image.read(place, 64 * MIB, "wednesday"))
     assert restored.read(0, 5000) == b"t" * 5000
