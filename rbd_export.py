@@ -148,6 +148,29 @@ def object_size(value: str) -> int:
     return number
 
 
+def passphrase(value: str) -> bytes:
+    """Read a passphrase: of a file, or of +FILE or -FD as nbdkit_read_password has them."""
+    if re.fullmatch(r"\+.+|-[0-9]+", value):
+        if not hasattr(nbdkit, "read_password"):
+            raise ValueError(f"'{value}' needs nbdkit 1.42 or newer")
+        found = nbdkit.read_password(value)
+    else:
+        path = os.path.join(WORKING_DIRECTORY, any_text(value))
+        try:
+            if not os.path.isfile(path) and os.path.exists(path):
+                raise ValueError(f"'{path}' is not a regular file")
+            with open_file(path, "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                if mode & stat.S_IROTH:
+                    raise ValueError(f"all users can read '{path}': chmod o-r")
+                found = file.read().removesuffix(b"\n")
+        except OSError as error:
+            raise ValueError(f"cannot read '{path}': {error.strerror}") from None
+    if not found:
+        raise ValueError(f"'{value}' has no passphrase")
+    return found
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in choices:
@@ -186,6 +209,12 @@ PARAMETERS = {
     "access": Parameter((), any_text, "glob:ro makes images read-only", repeatable=True),
     "images-per-connection": Parameter(
         None, positive, "images that share a connection to the cluster"
+    ),
+    "encryption-format": Parameter(
+        (), one_of("luks", "luks1", "luks2"), "decrypt the image: LUKS format", repeatable=True
+    ),
+    "passphrase-file": Parameter(
+        (), passphrase, "file with the passphrase of the encryption", repeatable=True
     ),
     "conf": Parameter(None, readable_file, "ceph.conf instead of the one that Ceph finds"),
     "id": Parameter("admin", user_id, "Ceph user: ID of client.ID"),
@@ -322,6 +351,7 @@ class Config:
             for name in CREATION:
                 if name in self.given:
                     raise ExportError(f"'{name}' needs 'create': it is for a new image")
+        self.complete_encryption()
         self.read_only = [self.access(text) for text in self["access"]]
         if "conf" not in self.given and os.environ.get("CEPH_CONF"):
             self.set("conf", os.environ["CEPH_CONF"])
@@ -352,6 +382,23 @@ class Config:
                     raise ExportError(f"'{name}' and 'create' exclude each other: leave one out")
             if not self["probe"]:
                 raise ExportError("'create' needs the probe: leave 'probe=no' out")
+
+    def complete_encryption(self) -> None:
+        layers = len(self["encryption-format"])
+        if layers != len(self["passphrase-file"]):
+            raise ExportError(
+                "each 'encryption-format' needs its 'passphrase-file', and the reverse"
+            )
+        if layers and "create" in self.given:
+            raise ExportError(
+                "'encryption-format' and 'create' exclude each other: `rbd encryption format`"
+                " makes the header of an encrypted image"
+            )
+        if layers > 1 and not hasattr(rbd.Image, "encryption_load2"):
+            raise ExportError(
+                "'encryption-format' is given more than once: the passphrases of parents need"
+                " librbd of Ceph 18 or newer"
+            )
 
     def complete_exports(self) -> None:
         if "snapshot" in self.given:
@@ -792,8 +839,8 @@ class OpenImage:
         self, cluster: rados.Rados, ioctx: rados.Ioctx, image: rbd.Image, spec: Spec
     ) -> None:
         self.snapshot_ids = snapshot_ids(image, spec)
-        self.layer: Any = Layer(cluster, ioctx, image, *self.snapshot_ids)
         self.name = str(spec)
+        self.layer: Any = visible_layer(cluster, ioctx, image, self.snapshot_ids, self.name)
         self.locking = threading.Lock()
         self.resources: Any = None  # what else to close with it
         self.users = 0
@@ -1000,7 +1047,7 @@ class ReadOnlyImage(OpenImage):
             for number in self.snapshot_ids:
                 if number and image.snap_get_namespace_type(number) != USER_SNAPSHOT:
                     raise self.gone()  # to the trash
-            layer = Layer(known.cluster, known.ioctx, image, *self.snapshot_ids)
+            layer = visible_layer(known.cluster, known.ioctx, image, self.snapshot_ids, self.name)
             # The former one is closed when the last request has let go of it.
             self.current = layer, (header, self.ancestors.headers)
 
@@ -1110,6 +1157,75 @@ def decoded(data: bytes, layout: str) -> list[Any]:
             values.append(data[position : position + length].decode())
             position += length
     return values
+
+
+# ---- encryption --------------------------------------------------------------
+
+
+def visible_layer(
+    cluster: rados.Rados,
+    ioctx: rados.Ioctx,
+    image: rbd.Image,
+    snapshot_ids: tuple[int | None, int | None],
+    name: str,
+) -> Layer:
+    """Return what clients are to see of an image: the decrypted one, if it is encrypted.
+
+    What is stored, which block status needs, is then seen by another handle.
+    """
+    if not CONFIG["encryption-format"]:
+        return Layer(cluster, ioctx, image, *snapshot_ids)
+    size = image.size()
+    decrypt(image, name)
+    stored = open_by_id(ioctx, image.id(), snapshot_ids[0])
+    layer = Layer(cluster, ioctx, stored, *snapshot_ids)
+    if stored.size() != size:
+        layer.close()
+        raise ExportError(f"image '{name}' has been resized while it was opened")
+    layer.image = image
+    layer.begin = size - image.size()
+    # How the parent's data is mapped into a clone depends on the headers of both.
+    layer.opaque = layer.opaque or stored.overlap() > 0 or layer.begin % BLOCK > 0
+    return layer
+
+
+def decrypt(image: rbd.Image, name: str) -> None:
+    """Load the encryption of an image (rbd_encryption_load, rbd_encryption_load2)."""
+    header = image.read(0, min(8, image.size()))
+    found = f"luks{header[7]}" if header[:6] in LUKS_MAGIC and header[7:] else ""
+    if not found:
+        raise ExportError(f"image '{name}' is not encrypted: it has no LUKS header")
+    first, *parents = CONFIG["encryption-format"]
+    if first not in ("luks", found):
+        raise ExportError(f"image '{name}' has the encryption format {found}, not {first}")
+    # Ceph 16 must be told which version of LUKS it is.
+    any_version = getattr(rbd, "RBD_ENCRYPTION_FORMAT_LUKS", LUKS[found])
+    formats = [LUKS.get(wanted, any_version) for wanted in (first, *parents)]
+    specs = list(zip(formats, CONFIG["passphrase-file"], strict=True))
+    try:
+        if parents:
+            image.encryption_load2(specs)
+        else:
+            image.encryption_load(*specs[0])
+    except rbd.PermissionError:
+        raise ExportError(f"the passphrase for image '{name}' is wrong") from None
+    except rbd.Error as error:
+        if error.errno == errno.ESHUTDOWN:
+            raise
+        reason = {
+            errno.ENOTSUP: "it has the feature journaling, or a cipher that librbd has not",
+            errno.EINVAL: "its data does not begin at a multiple of the object size",
+        }.get(error.errno, str(error))
+        raise ExportError(f"librbd cannot decrypt image '{name}': {reason}") from None
+
+
+# At the begin of an image, and of a clone with a format of its own (librbd's Magic.cc).
+LUKS_MAGIC = b"LUKS\xba\xbe", b"RBDL\xba\xbe"
+
+LUKS = {
+    "luks1": rbd.RBD_ENCRYPTION_FORMAT_LUKS1,
+    "luks2": rbd.RBD_ENCRYPTION_FORMAT_LUKS2,
+}
 
 
 # ---- points in time, and new images ------------------------------------------
@@ -1863,7 +1979,9 @@ def can_flush(h: Handle) -> bool:
 
 
 def can_trim(h: Handle) -> bool:
-    return True
+    # librbd frees nothing of an encrypted image, but writes encrypted zeroes
+    # (CryptoObjectDispatch::discard).
+    return not CONFIG["encryption-format"]
 
 
 def can_zero(h: Handle) -> bool:
@@ -1964,7 +2082,8 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     FAST_ZERO would do itself.
     """
     zero_flags = 0 if flags & nbdkit.FLAG_MAY_TRIM else rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
-    if zero_flags and flags & nbdkit.FLAG_FAST_ZERO:
+    is_fast = not zero_flags and not CONFIG["encryption-format"]
+    if flags & nbdkit.FLAG_FAST_ZERO and not is_fast:
         raise NotFast
 
     def write_zeroes(image: rbd.Image) -> None:
@@ -1987,8 +2106,8 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, i
 
     def look(layer: Layer) -> list[tuple[int, int, int]]:
         found: list[tuple[int, int, int]] = []
-        for start, stop, kind in layer.status(offset, end, one):
-            start, stop = max(start, offset), min(stop, end)
+        for start, stop, kind in layer.status(offset + layer.begin, end + layer.begin, one):
+            start, stop = max(start - layer.begin, offset), min(stop - layer.begin, end)
             if start >= stop:
                 continue
             if found and found[-1][2] == kind:
@@ -2098,7 +2217,10 @@ class Layer:
     ) -> None:
         self.cluster = cluster
         self.ioctx = ioctx
-        self.image = image
+        # What clients read and write, from where on that is stored, and what is stored:
+        # these differ for an image that is encrypted.
+        self.image = self.stored = image
+        self.begin = 0
         self.image_id = image.id()
         self.snapshot_id = snapshot_id
         self.base: Layer | None = None
@@ -2128,6 +2250,7 @@ class Layer:
         for layer in (self.base, self.below and self.below[1]):
             if layer:
                 layer.close()
+        self.stored.close()
         self.image.close()
 
     def status(self, offset: int, limit: int, one: bool) -> Iterator[tuple[int, int, int]]:
@@ -2136,7 +2259,7 @@ class Layer:
         If one will do: no more than the first of them, in several pieces, is certain.
         """
         low, high = offset - offset % BLOCK, limit + -limit % BLOCK
-        size = self.image.size()
+        size = min(self.stored.size(), self.begin + self.image.size())
         # If the image has shrunk, what is no longer there is for reads to report.
         end = min(high, size) if limit <= size else size - size % BLOCK
         unlisted = HOLE if self.base else ZERO
@@ -2168,14 +2291,14 @@ class Layer:
         """Return where the status may be anything but that of all the rest."""
         if not self.base or self.opaque or low >= high:
             return self.present(low, high)
-        overlap, size = self.image.overlap(), self.base.image.size()
+        overlap, size = self.stored.overlap(), self.base.stored.size()
         objects = self.objects(low, high, self.since)
         if objects is None:
             # What has changed exists now, or did then.
             objects = self.present(low, high) + self.base.present(low, min(high, size))
         # A clone that shrank has lost more of its parent, without a trace in the object
         # maps; and what an image has grown by since then was nothing.
-        lost = overlap, max(overlap, self.base.image.overlap())
+        lost = overlap, max(overlap, self.base.stored.overlap())
         return within(union(objects, [lost, (size, max(size, high))]), low, high)
 
     def present(self, low: int, high: int) -> Ranges:
@@ -2230,7 +2353,7 @@ class Layer:
         """Return where the content may differ from that of the base."""
         if not self.base:
             return [(low, high)]
-        size = self.base.image.size()
+        size = self.base.stored.size()
         before = self.base.written(low, min(high, size))
         touched = [*self.listed(low, high, self.since), (size, max(high, size))]
         # librbd does not tell of all that went, nor of all that came.
@@ -2244,7 +2367,7 @@ class Layer:
         librbd would tell who the parent is, but look for it in the trash each time.
         """
         if self.inherits is None or self.snapshot_id is None:
-            overlap = self.image.overlap()
+            overlap = self.stored.overlap()
             header = ask_header(self.ioctx, self.image_id, ["parent"])() if overlap else {}
             self.inherits = overlap, header.get("parent", b"")
         return self.inherits
@@ -2284,7 +2407,7 @@ class Layer:
         for _ in range(3):
             if state is None:
                 return None
-            stop = min(max(high, low + ahead), max(high, self.image.size()))
+            stop = min(max(high, low + ahead), max(high, self.stored.size()))
             found = self.diff(low, stop, since, whole_object=True)
             before, state = state, self.maps.state(snapshots)
             if state and state.header == before.header:
@@ -2294,13 +2417,13 @@ class Layer:
         return None
 
     def snapshots_since(self, since: str) -> list[int | None]:
-        first, last = self.image.snap_get_id(since), self.snapshot_id
-        numbers = sorted(snapshot["id"] for snapshot in self.image.list_snaps())
+        first, last = self.stored.snap_get_id(since), self.snapshot_id
+        numbers = sorted(snapshot["id"] for snapshot in self.stored.list_snaps())
         return [number for number in numbers if first <= number <= last]
 
     def listed(self, low: int, high: int, since: str | None) -> Ranges:
         """Return what is written in whole periods, or has been touched since then."""
-        if CONFIG["extents"] == "objects":
+        if CONFIG["extents"] == "objects" or CONFIG["encryption-format"]:
             objects = self.objects(low, high, since)
             if objects is not None:
                 return objects
@@ -2329,11 +2452,15 @@ class Layer:
 
     def look(self, low: int, high: int, since: str | None) -> Ranges:
         found = self.diff(low, high, since, whole_object=False)
+        if CONFIG["encryption-format"]:
+            # librbd decrypts the nothing in between, too: only an object that does not
+            # exist reads as zeroes (CryptoInterface::decrypt_aligned_extent).
+            return outward(found, self.period)
         if not self.striped:
             return found
         # Of several objects in one piece, librbd forgets the error of one if another
         # has answered (C_DiffObject::finish): ask again for each by itself.
-        unit = self.image.stripe_unit()
+        unit = self.stored.stripe_unit()
         return union(
             *(
                 self.diff(start, start + unit, since, whole_object=False)
@@ -2358,9 +2485,11 @@ class Layer:
 
         if not self.striped:
             low, high = low - low % self.period, high + -high % self.period
-        high = min(high, self.image.size())
+        high = min(high, self.stored.size())
+        if self.image is not self.stored and not self.settled:
+            self.image.flush()  # librbd does so where it knows of the writes
         if low < high:  # librbd 16.2 aborts on an empty range
-            self.image.diff_iterate(low, high - low, since, add, False, whole_object)
+            self.stored.diff_iterate(low, high - low, since, add, False, whole_object)
         return union(found)
 
 

@@ -20,7 +20,7 @@ packages=(
 case ${1-} in
   "") ;;
   test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
-    python3-trustme python3-tabulate qemu-block-extra iptables) ;;
+    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin) ;;
   bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
