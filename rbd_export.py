@@ -14,6 +14,7 @@ python3-rados and python3-rbd.
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import collections
 import concurrent.futures
@@ -28,6 +29,7 @@ import glob
 import itertools
 import operator
 import os
+import platform
 import re
 import signal
 import socket
@@ -35,6 +37,7 @@ import stat
 import struct
 import subprocess
 import sys
+import syslog
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -1327,13 +1330,32 @@ class Handle:
             self.served = spec, read_only
             self.cluster.served.add(self.served)
             self.close = stack.pop_all().close
-        self.has_failed = False
+        self.client = ""
+        # By callback: requests that were done, and their bytes.  No thread switch can fall
+        # into `+=` on them.
+        self.done = {name: [0, 0] for name in REQUESTS}
+        self.errors = 0
+
+    def greet(self) -> None:
+        """Say who has connected; only the thread of the connection knows."""
+        self.client = f"client {next(CLIENTS)} ({peer()})"
+        access = "read-only" if self.shared.read_only else "read-write"
+        log_info(f"{self.client} connected: {self.shared.name}, {self.size} bytes, {access}")
+
+    def tally(self) -> str:
+        done = [
+            f"{REQUESTS[name]} {count}" + (f" ({total} bytes)" if total else "")
+            for name, (count, total) in self.done.items()
+            if count
+        ]
+        failed = [f"failed {self.errors}"] if self.errors else []
+        return ", ".join([*done, *failed]) or "no requests"
 
     def failed(self, error: BaseException) -> int:
         """Return the errno that the client gets for a failed request."""
         if isinstance(error, NotFast):
             return errno.ENOTSUP
-        self.has_failed = True
+        self.errors += 1
         if getattr(error, "errno", None) == errno.EROFS:
             # Only with a lock that is not handed over may librbd not write.
             self.tell_who_has_the_lock()
@@ -1353,6 +1375,40 @@ class Handle:
 
 
 FENCED = Fenced()
+
+CLIENTS = itertools.count(1)
+
+# By their callbacks.
+REQUESTS = {
+    "pread": "read",
+    "pwrite": "write",
+    "flush": "flush",
+    "trim": "trim",
+    "zero": "zero",
+    "extents": "block status",
+}
+
+
+def peer() -> str:
+    """Return the address of the client, or its process, and its certificate's name."""
+    if nbdkit_options().single:
+        return "stdin"
+    library = ctypes.CDLL(None)
+    address, length = ctypes.create_string_buffer(128), ctypes.c_uint32(128)
+    found = ["unknown"]
+    if library.nbdkit_peer_name(address, ctypes.byref(length)) == 0:
+        (family,), (port,) = struct.unpack_from("=H", address), struct.unpack_from("!2xH", address)
+        if family == socket.AF_INET:
+            found = [f"{socket.inet_ntop(family, address.raw[4:8])}:{port}"]
+        elif family == socket.AF_INET6:
+            found = [f"[{socket.inet_ntop(family, address.raw[8:24])}]:{port}"]
+        elif family == socket.AF_UNIX:
+            library.nbdkit_peer_pid.restype = ctypes.c_int64
+            found = [f"process {library.nbdkit_peer_pid()}"]
+    if hasattr(nbdkit, "peer_tls_dn") and (name := nbdkit.peer_tls_dn()):
+        found.append(name)
+    return ", ".join(found)
+
 
 # nbdkit turns an errno that NBD does not have into EINVAL, which would blame the
 # client's request.
@@ -1666,15 +1722,19 @@ def thread_model() -> int:
 
 
 @functools.cache
+def nbdkit_version() -> str:
+    program = os.readlink("/proc/self/exe")
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
+    return answer.stdout.split()[1]
+
+
 def is_affected() -> bool:
     """Tell whether a client that hangs up with several requests under way does harm.
 
     nbdkit from 1.32.4 on aborts, or sends replies to another client (mended by upstream
     commit 9d82aa4f, in 1.33.10).
     """
-    program = os.readlink("/proc/self/exe")
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    found = re.match(r"nbdkit (\d+)\.(\d+)\.(\d+)", answer.stdout)
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", nbdkit_version())
     if not found:
         raise ExportError("the version of nbdkit is not known: give parallel=yes or parallel=no")
     return (1, 32, 4) <= tuple(map(int, found.groups())) < (1, 33, 10)
@@ -1805,6 +1865,12 @@ def after_fork() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     threading.Thread(target=end_connections, args=(reader,), daemon=True).start()
+    what = str(CONFIG.spec) if CONFIG.spec else " ".join(f"exports={e}" for e in CONFIG["exports"])
+    librbd = ".".join(map(str, rbd.RBD().version()))
+    log_info(
+        f"rbd_export {__version__} serves {what} (nbdkit {nbdkit_version()}, librbd {librbd},"
+        f" Python {platform.python_version()})"
+    )
 
 
 # Seconds that the end of nbdkit may take after a signal.
@@ -1919,7 +1985,9 @@ def open(readonly: bool) -> Handle | None:
                 return open_again(former, spec, read_only)
             return despite_fence(lambda: Handle(spec, read_only))
 
-        return in_time((spec, read_only), opened, lambda handle: handle.close())
+        handle = in_time((spec, read_only), opened, lambda handle: handle.close())
+        handle.greet()
+        return handle
     except Exception as error:
         if former:
             raise
@@ -1929,6 +1997,41 @@ def open(readonly: bool) -> Handle | None:
 
 def error_text(error: Exception) -> str:
     return str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
+
+
+# Whether nbdkit has gone to the background is seen by this.
+FIRST_PROCESS = os.getpid()
+
+
+@functools.cache
+def nbdkit_options() -> argparse.Namespace:
+    """Return what a plugin is not told of nbdkit's command line."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--log", default="default")
+    parser.add_argument("--run")
+    parser.add_argument("-s", "--single", "--stdin", action="store_true")
+    with open_file("/proc/self/cmdline", "rb") as file:
+        return parser.parse_known_args(os.fsdecode(file.read()).split("\0")[1:])[0]
+
+
+@functools.cache
+def info_log() -> Callable[[str], object]:
+    """Return what writes a line where nbdkit logs its errors; it has no level below these.
+
+    Nobody waits for the log of an nbdkit that runs for one command (--run).
+    """
+    log, in_background = nbdkit_options().log, os.getpid() != FIRST_PROCESS
+    if nbdkit_options().run is not None or log == "null":
+        return lambda _: None
+    if log == "syslog" or (log == "default" and in_background):
+        syslog.openlog("nbdkit", syslog.LOG_PID, syslog.LOG_DAEMON)
+        return functools.partial(syslog.syslog, syslog.LOG_INFO)
+    return lambda text: print(f"nbdkit: info: {text}\n", end="", file=sys.stderr, flush=True)
+
+
+def log_info(text: str) -> None:
+    with contextlib.suppress(OSError):  # a pipe that nobody reads
+        info_log()(printable(text))
 
 
 def log_error(text: str) -> None:
@@ -1945,13 +2048,15 @@ def log_error(text: str) -> None:
 
 def close(h: Handle | None) -> None:
     if h:
-        if h.has_failed:
+        if h.errors:
             SERVED[threading.get_native_id()] = h.cluster
         h.close()
+        log_info(f"{h.client} gone: {h.tally()}")
 
 
 def cleanup() -> None:
     Cluster.end()
+    log_info("rbd_export ends")
 
 
 # ---- negotiation -------------------------------------------------------------
@@ -2018,18 +2123,27 @@ def is_rotational(h: Handle) -> bool:
 FADVISE_FUA = 0x80
 
 
-def request(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """Give the client an errno that NBD has; nbdkit logs the exception itself."""
+def request(size: Callable[[Any], int]) -> Callable[..., Any]:
+    """Count a request, or give the client an errno that NBD has; nbdkit logs the exception."""
 
-    @functools.wraps(callback)
-    def wrapper(h: Handle, *args: Any) -> Any:
-        try:
-            return callback(h, *args)
-        except BaseException as error:
-            nbdkit.set_error(h.failed(error))
-            raise
+    def decorator(callback: Callable[..., Any]) -> Callable[..., Any]:
+        name = callback.__name__
 
-    return wrapper
+        @functools.wraps(callback)
+        def wrapper(h: Handle, *args: Any) -> Any:
+            try:
+                result = callback(h, *args)
+            except BaseException as error:
+                nbdkit.set_error(h.failed(error))
+                raise
+            done = h.done[name]
+            done[0] += 1
+            done[1] += size(args[0])
+            return result
+
+        return wrapper
+
+    return decorator
 
 
 def pieces(offset: int, count: int) -> Iterator[tuple[int, int]]:
@@ -2044,24 +2158,24 @@ def pieces(offset: int, count: int) -> Iterator[tuple[int, int]]:
         offset = stop
 
 
-@request
+@request(len)
 def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     # Raises when librbd read less, as it does past the end of a shrunk image.
     buf[:] = h.shared.reading(lambda layer: layer.image.read(offset, len(buf)))
 
 
-@request
+@request(len)
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
     data, fadvise = bytes(buf), FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0
     h.shared.writing(lambda image: image.write(data, offset, fadvise))
 
 
-@request
+@request(lambda flags: 0)
 def flush(h: Handle, flags: int) -> None:
     h.shared.writing(lambda image: image.flush())
 
 
-@request
+@request(int)
 def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     """Free the space of whole discard granules; data elsewhere may stay."""
 
@@ -2074,7 +2188,7 @@ def trim(h: Handle, count: int, offset: int, flags: int) -> None:
     h.shared.writing(discard)
 
 
-@request
+@request(int)
 def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     """Zero a range, and free its space if MAY_TRIM says so.
 
@@ -2095,7 +2209,7 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     h.shared.writing(write_zeroes)
 
 
-@request
+@request(int)
 def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, int, int]]:
     """Say where data may be, and what is known of the rest (NBD's base:allocation).
 
