@@ -34,6 +34,8 @@ debootstrap --variant=minbase trixie "$root" ${mirror:+"$mirror"} >"$log" 2>&1 |
   exit 1
 }
 rm -f "$log"
+# unshare(1) must find a mount point at the root.
+mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"

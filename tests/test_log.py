@@ -162,7 +162,6 @@ def test_an_nbdkit_in_the_background_logs_to_syslog(server, tmp_path, image):
         syslog.bind(str(socket_path))
         command = [part for part in server.command if part != "--foreground"]
         script = f"""
-        mount --make-rprivate /dev
         mount -t tmpfs tmpfs /dev
         mknod /dev/null c 1 3
         mknod /dev/urandom c 1 9
