@@ -44,8 +44,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import nbdkit
-import rados
-import rbd
+
+try:
+    import rados
+    import rbd
+except ModuleNotFoundError as error:
+    sys.tracebacklimit = 0
+    raise ModuleNotFoundError(
+        f"{error}: install python3-rados and python3-rbd for Python"
+        f" {sys.version_info.major}.{sys.version_info.minor}.  nbdkit looks for them in"
+        f" {sys.prefix}, by the python3 that comes first in PATH"
+    ) from None
 
 __version__ = "0.1.0"
 
@@ -1705,8 +1714,8 @@ def dump_plugin() -> None:
     print("librbd_version=" + ".".join(map(str, rbd.RBD().version())))
     print("rbd_export_parameters=" + " ".join([*PARAMETERS, *ALIASES]))
     for name, parameter in PARAMETERS.items():
-        if parameter.default:
-            default = "yes" if parameter.default is True else parameter.default
+        if parameter.default not in (None, "", ()):
+            default = {True: "yes", False: "no"}.get(parameter.default, parameter.default)
             print(f"rbd_export_default_{name.replace('-', '_')}={default}", flush=True)
 
 

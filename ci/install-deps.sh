@@ -4,14 +4,16 @@
 #
 # Install the Debian packages that are missing.
 #
-#   ci/install-deps.sh         what the plugin and ci/demo.sh need
+#   ci/install-deps.sh install what ci/install.sh and the plugin need
+#   ci/install-deps.sh         what ci/demo.sh needs
 #   ci/install-deps.sh test    and what ci/test.sh needs
 #   ci/install-deps.sh bench   and what bench/run.sh needs
 #   ci/install-deps.sh lint    and what ci/lint.sh needs
 set -euo pipefail
 
+plugin=(nbdkit nbdkit-plugin-python python3-rados python3-rbd)
 packages=(
-  nbdkit nbdkit-plugin-python python3-rados python3-rbd
+  "${plugin[@]}"
   # a throwaway cluster
   ceph-mon ceph-mgr ceph-osd ceph-common
   # clients
@@ -19,8 +21,10 @@ packages=(
 )
 case ${1-} in
   "") ;;
+  install) packages=("${plugin[@]}" perl) ;; # pod2man
   test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
-    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin) ;;
+    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin
+    perl python3-venv python3-setuptools python3-wheel) ;;
   bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;

@@ -122,17 +122,10 @@ def test_without_the_probe_nbdkit_starts_although_the_image_is_missing(servers, 
 
 
 def test_dump_plugin_lists_every_parameter_without_a_cluster():
-    done = subprocess.run(
-        ["nbdkit", "python", str(PLUGIN), "--dump-plugin"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PATH": os.environ["PATH"], "CEPH_CONF": "/nonexistent"},
-    )
-    facts = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    facts = plugin_facts()
     assert facts["rbd_export_version"].count(".") == 2
     assert facts["librbd_version"].startswith("1.")
-    assert set(facts["rbd_export_parameters"].split()) == readme_parameters()
+    assert "image" in facts["rbd_export_parameters"].split()
 
 
 def readme_rows():
@@ -147,23 +140,53 @@ def readme_parameters():
     return {word.strip("` ").split("=")[0] for row in readme_rows() for word in row[0].split(",")}
 
 
-def test_the_readme_states_the_defaults_of_the_code():
+def manual_parameters():
+    """The parameters of the manual page: {name: its default, if one is told}."""
+    text = (ROOT / "docs/nbdkit-rbd-plugin.pod").read_text()
+    section = text.split("=head1 PARAMETERS")[1].split("=head1")[0]
+    found = {}
+    for items, description in re.findall(
+        r"((?:^=item [^\n]*\n\n)+)(.*?)(?=^=)", section, re.M | re.S
+    ):
+        default = re.search(r"^\(Default: C<([^>]*)>\)$", description, re.M)
+        for name in re.findall(r"^=item B<([^>=]*)=", items, re.M):
+            found[name] = default and default[1]
+    return found
+
+
+def plugin_facts():
     done = subprocess.run(
         ["nbdkit", "python", str(PLUGIN), "--dump-plugin"],
         capture_output=True,
         text=True,
         check=True,
+        env={"PATH": os.environ["PATH"], "CEPH_CONF": "/nonexistent"},
     )
-    facts = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_code_readme_and_manual_know_the_same_parameters():
+    known = set(plugin_facts()["rbd_export_parameters"].split())
+    assert known == readme_parameters()
+    assert known == set(manual_parameters())
+
+
+def test_readme_and_manual_state_the_defaults_of_the_code():
+    start = "rbd_export_default_"
     defaults = {
-        key.removeprefix("rbd_export_default_").replace("_", "-"): value
-        for key, value in facts.items()
-        if key.startswith("rbd_export_default_")
+        key.removeprefix(start).replace("_", "-"): value
+        for key, value in plugin_facts().items()
+        if key.startswith(start)
     }
     assert defaults
-    for name, value in defaults.items():
-        (row,) = [row for row in readme_rows() if row[0].startswith(f"`{name}=")]
-        assert row[1] == f"`{value}`"
+    readme = {
+        row[0].strip("`").split("=")[0]: default[1]
+        for row in readme_rows()
+        if (default := re.fullmatch("`([^`]*)`", row[1]))
+    }
+    manual = {name: default for name, default in manual_parameters().items() if default}
+    assert manual.pop("user") == manual["id"]
+    assert readme == manual == defaults
 
 
 # ---- mistakes, found without the cluster -------------------------------------

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# Install the plugin, so that `nbdkit rbd` finds it, its manual page, and the
+# Debian packages that it needs.
+#
+#   sudo ci/install.sh
+#   DESTDIR=FOLDER ci/install.sh   into a folder, for a package; needs no root
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+[ -n "${DESTDIR-}" ] || ci/install-deps.sh install
+
+where() { nbdkit --dump-config | sed -n "s/^$1=//p"; }
+plugin=${DESTDIR-}$(where plugindir)/nbdkit-rbd-plugin
+manual=${DESTDIR-}$(where mandir)/man1/nbdkit-rbd-plugin.1
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' rbd_export.py)
+
+install -D -m 755 rbd_export.py "$plugin"
+page=$(mktemp)
+trap 'rm -f "$page"' EXIT
+pod2man --name=nbdkit-rbd-plugin --center=NBDKIT --release="rbd_export $version" docs/nbdkit-rbd-plugin.pod "$page"
+install -D -m 644 "$page" "$manual"
+printf 'installed %s\n' "$plugin" "$manual"
