@@ -403,7 +403,7 @@ class Config:
             )
         if layers and "create" in self.given:
             raise ExportError(
-                "'encryption-format' and 'create' exclude each other: `rbd encryption format`"
+                "'encryption-format' and 'create' exclude each other: 'rbd encryption format'"
                 " makes the header of an encrypted image"
             )
         if layers > 1 and not hasattr(rbd.Image, "encryption_load2"):
