@@ -10,7 +10,18 @@ import subprocess
 import nbd
 import pytest
 import rbd
-from conftest import MIB, OBJECT, Image, assert_same, extents, recipe, refused, run_script, unique
+from conftest import (
+    MIB,
+    OBJECT,
+    Image,
+    assert_same,
+    extents,
+    recipe,
+    refused,
+    run_script,
+    unique,
+    wait_until,
+)
 
 FUA = nbd.CMD_FLAG_FUA
 FAST_ZERO = nbd.CMD_FLAG_FAST_ZERO
@@ -331,7 +342,7 @@ def test_a_gateway_decrypts_every_image(servers, images, encrypt, opener):
         assert server.connect(image.name).pread(4096, 0) == bytes([65 + number]) * 4096
     with pytest.raises(nbd.Error):
         server.connect(plain.name)
-    assert f"image '{plain.spec}' is not encrypted" in server.log()
+    wait_until(lambda: f"image '{plain.spec}' is not encrypted" in server.log())
 
 
 def test_a_clone_has_the_encryption_of_its_parent(servers, images, encrypted, kind, opener):
