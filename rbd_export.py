@@ -29,7 +29,6 @@ import glob
 import itertools
 import operator
 import os
-import platform
 import re
 import signal
 import socket
@@ -1734,7 +1733,7 @@ def thread_model() -> int:
 def nbdkit_version() -> str:
     program = os.readlink("/proc/self/exe")
     answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
-    return answer.stdout.split()[1]
+    return "".join(answer.stdout.split()[1:2])
 
 
 def is_affected() -> bool:
@@ -1761,6 +1760,7 @@ def get_ready() -> None:
     """Tell what is wrong while nbdkit has a terminal."""
     if CONFIG["probe"]:
         run_probe()
+    nbdkit_version()  # asked before nbdkit may lose its rights; after_fork tells
     if CONFIG["parallel"] == "auto" and CONFIG.spec and is_affected():
         print(
             "nbdkit: warning: this nbdkit may abort when a client hangs up in mid-request:"
@@ -1878,7 +1878,7 @@ def after_fork() -> None:
     librbd = ".".join(map(str, rbd.RBD().version()))
     log_info(
         f"rbd_export {__version__} serves {what} (nbdkit {nbdkit_version()}, librbd {librbd},"
-        f" Python {platform.python_version()})"
+        f" Python {sys.version.split()[0]})"
     )
 
 
