@@ -23,8 +23,8 @@ case ${1-} in
   "") ;;
   install) packages=("${plugin[@]}" perl) ;; # pod2man
   test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
-    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin
-    perl python3-venv python3-setuptools python3-wheel) ;;
+    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin gnutls-bin
+    openssl socat qemu-system-x86 perl python3-venv python3-setuptools python3-wheel) ;;
   bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;

@@ -265,6 +265,7 @@ class Server:
         self.socket = directory / "nbd.sock"
         self.pidfile = directory / "nbdkit.pid"
         self.directory = directory
+        self.listen = [f"--unix={self.socket}"]
         self.options = []
         self.extra = []
         self.parameters = parameters
@@ -277,7 +278,7 @@ class Server:
         return [
             "nbdkit",
             "--foreground",
-            f"--unix={self.socket}",
+            *self.listen,
             f"--pidfile={self.pidfile}",
             *self.options,
             "python",
@@ -309,14 +310,17 @@ class Server:
         client.add_meta_context(nbd.CONTEXT_BASE_ALLOCATION)
         if not strict:
             client.set_strict_mode(0)
-        client.connect_unix(str(self.socket))
+        self.attach(client)
         return client
+
+    def attach(self, client):
+        client.connect_unix(str(self.socket))
 
     def list(self):
         """What NBD_OPT_LIST answers: {export name: description}."""
         client = nbd.NBD()
         client.set_opt_mode(True)
-        client.connect_unix(str(self.socket))
+        self.attach(client)
         found = []
         client.opt_list(lambda name, description: found.append((name, description)))
         client.opt_abort()
@@ -452,6 +456,12 @@ def cluster():
     cluster = Cluster(conf)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def nbdkit_version():
+    text = subprocess.run(["nbdkit", "--version"], capture_output=True, text=True, check=True)
+    return tuple(map(int, re.match(r"nbdkit (\d+)\.(\d+)\.(\d+)", text.stdout).groups()))
 
 
 @pytest.fixture
