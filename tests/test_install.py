@@ -39,12 +39,13 @@ def test_nbdkit_finds_the_plugin_once_it_is_installed(cluster, image):
         cd /
         env -u CEPH_CONF nbdkit rbd --dump-plugin
         nbdkit -U - rbd image={image.spec} --run 'nbdinfo --size "$uri"'
+        nbdinfo --size [ rbd_export.py image={image.spec} ]
         """,
         CEPH_CONF=cluster.conf,
     )
     assert "rbd_export_version=0." in output
     assert "librbd_version=1." in output
-    assert output.endswith("\n67108864\n")
+    assert output.endswith("\n67108864\n67108864\n")
     assert not os.path.exists(f"{directories()['plugindir']}/nbdkit-rbd-plugin")
 
 
@@ -59,7 +60,11 @@ def test_a_clean_prefix_has_the_script_and_the_manual(tmp_path):
     files = {f"/{path.relative_to(tmp_path)}" for path in tmp_path.rglob("*") if path.is_file()}
     plugin = f"{where['plugindir']}/nbdkit-rbd-plugin"
     manual = f"{where['mandir']}/man1/nbdkit-rbd-plugin.1"
+    command = f"{where['bindir']}/rbd_export.py"
+    links = {f"/{path.relative_to(tmp_path)}" for path in tmp_path.rglob("*") if path.is_symlink()}
     assert files == {plugin, manual}
+    assert links == {command}
+    assert os.readlink(tmp_path / command[1:]) == plugin
     installed = tmp_path / plugin[1:]
     assert installed.read_bytes() == PLUGIN.read_bytes()
     assert installed.stat().st_mode & 0o777 == 0o755
