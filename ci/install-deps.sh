@@ -23,8 +23,16 @@ case ${1-} in
   "") ;;
   install) packages=("${plugin[@]}" perl) ;; # pod2man
   test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
-    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin gnutls-bin
-    openssl socat qemu-system-x86 perl python3-venv python3-setuptools python3-wheel) ;;
+    python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin
+    # what installs it
+    perl python3-venv python3-setuptools python3-wheel
+    # TLS
+    gnutls-bin openssl socat
+    # mounts, and what checks their examples
+    fuse3 xfsprogs nbd-client systemd libvirt-clients libxml2-utils
+    # guests
+    qemu-system-x86 python3-pexpect netcat-openbsd busybox-static kmod xz-utils cpio
+    syslinux mtools) ;;
   bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
@@ -35,13 +43,36 @@ for package in "${packages[@]}"; do
   [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
     missing+=("$package")
 done
-[ ${#missing[@]} -gt 0 ] || exit 0
-
-echo "installing: ${missing[*]}"
 root=()
 [ "$(id -u)" = 0 ] || root=(sudo)
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-"${root[@]}" env DEBIAN_FRONTEND=noninteractive sh -c '
-  apt-get update && apt-get install -y --no-install-recommends "$@"' sh "${missing[@]}" \
-  >"$log" 2>&1 || { tail -n 20 "$log" >&2; exit 1; }
+as_root() { # SCRIPT ARGUMENT...
+  "${root[@]}" env DEBIAN_FRONTEND=noninteractive sh -ec "$1" sh "${@:2}" >"$log" 2>&1 ||
+    { tail -n 20 "$log" >&2; exit 1; }
+}
+
+if [ ${#missing[@]} -gt 0 ]; then
+  echo "installing: ${missing[*]}"
+  # shellcheck disable=SC2016  # for sh to expand
+  as_root 'apt-get update; apt-get install -y --no-install-recommends "$@"' "${missing[@]}"
+fi
+
+# The kernel of the tests' guests.  Installed, it could be the next that this machine boots.
+kernel=/var/cache/rbd_export/kernel
+if [ "${1-}" = test ] && [ ! -d "$kernel" ]; then
+  echo "unpacking: linux-image-cloud-amd64"
+  # shellcheck disable=SC2016  # for sh to expand
+  as_root '
+    apt-get update
+    mkdir -p "$(dirname "$1")"
+    new=$(mktemp -d "$1.XXXXXX")
+    trap "rm -rf $new" EXIT
+    cd "$new"
+    apt-get download "$(apt-cache depends linux-image-cloud-amd64 | sed -n "s/^  Depends: //p")"
+    dpkg -x linux-image-*.deb tree
+    [ -e tree/lib ] || ln -s usr/lib tree/lib
+    image=$(echo tree/boot/vmlinuz-*)
+    depmod --basedir "$PWD/tree" "${image#*vmlinuz-}"
+    mv tree "$1"' "$kernel"
+fi

@@ -17,4 +17,4 @@ trap 'rm -rf "$venv"' EXIT
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 /usr/bin/python3 -m mypy rbd_export.py
-shellcheck ci/*.sh bench/*.sh tests/stress/*.sh .ci/run
+shellcheck ci/*.sh bench/*.sh tests/*.sh tests/stress/*.sh .ci/run

@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: the rbd_export authors
+# SPDX-License-Identifier: BSD-3-Clause
+"""An image mounted on a host without krbd, and without the nbd module."""
+
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import pytest
+from conftest import MIB, ROOT, recipe, run_script, wait_until
+
+# XFS takes no disk that is smaller.
+SIZE = 300 * MIB
+
+# A recipe that has failed may leave these, and nbdfuse would keep run_script waiting.
+CLEAN_UP = "{{ umount {0}/mnt/vm1; fusermount3 -u {0}/run/vm1; }} 2>/dev/null || true"
+
+
+@pytest.fixture
+def place():
+    """A folder for mounts, which no other run of pytest takes for an old one of its own."""
+    with tempfile.TemporaryDirectory(prefix="rbd-export-mount.") as name:
+        yield pathlib.Path(name)
+
+
+@pytest.fixture
+def clean_up(place):
+    script = CLEAN_UP.format(place)
+    yield f"trap '{script}' EXIT\n"
+    subprocess.run(script, shell=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("mkfs", "check"),
+    [("mkfs.ext4 -q", "e2fsck -fn"), ("mkfs.xfs -q", "xfs_repair -n")],
+    ids=["ext4", "xfs"],
+)
+def test_a_tree_of_files_outlives_the_export(
+    cluster, images, clean_up, place, tmp_path, mkfs, check
+):
+    image = images.create(SIZE)
+    names = {
+        "rbd/vm1": image.spec,
+        "/run/vm1": place / "run/vm1",
+        "/mnt/vm1": place / "mnt/vm1",
+        "mkfs.ext4 -q": mkfs,
+        "e2fsck -fn": check,
+    }
+    commands = recipe("With nbdfuse: no kernel module", names)
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+    mount, unmount = commands.rsplit("umount", 1)
+    write = f"cp -a {tree} {place}/mnt/vm1/\n"
+    run_script(f"{clean_up}{mount}{write}umount{unmount}", cluster, tmp_path)
+    wait_until(lambda: not image.watchers())
+
+    # A second nbdkit, which has seen none of this.
+    mount = "\n".join(line for line in mount.splitlines() if not line.startswith("mkfs"))
+    compare = f"diff -r --no-dereference {tree} {place}/mnt/vm1/tree\n"
+    run_script(f"{clean_up}{mount}\n{compare}umount{unmount}", cluster, tmp_path)
+    wait_until(lambda: not image.watchers())
+    assert str(place) not in subprocess.check_output(["losetup", "--list"], text=True)
+
+
+def test_the_example_mount_unit_is_sound():
+    unit = ROOT / "config/systemd/mnt-vm1.mount"
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Of keys that it does not know it only warns.
+    assert unit.name not in done.stderr
