@@ -34,7 +34,8 @@ debootstrap --variant=minbase trixie "$root" ${mirror:+"$mirror"} >"$log" 2>&1 |
   exit 1
 }
 rm -f "$log"
-# unshare(1) must find a mount point at the root.
+# As any root: every user may search it, and it is a mount point, which unshare(1) wants.
+chmod 755 "$root"
 mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
