@@ -22,7 +22,8 @@ packages=(
 case ${1-} in
   "") ;;
   install) packages=("${plugin[@]}" perl) ;; # pod2man
-  test) packages+=(python3-pytest python3-pytest-timeout python3-hypothesis python3-tenacity
+  test) packages+=(python3-pytest python3-pytest-timeout python3-pytest-xdist
+    python3-hypothesis python3-tenacity
     python3-trustme python3-tabulate qemu-block-extra iptables cryptsetup-bin
     # what installs it
     perl python3-venv python3-setuptools python3-wheel

@@ -7,6 +7,7 @@
 #
 #   ci/test.sh                     all tests
 #   ci/test.sh -k extents -x       some of them, until one fails
+#   ci/test.sh -n 2                two at a time, which takes two thirds of the time
 #   CEPH_CONF=FILE ci/test.sh      on that cluster, in pools that the tests make
 #
 # The cluster of CEPH_CONF must have client.rw (profile rbd) and client.ro

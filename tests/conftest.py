@@ -61,7 +61,7 @@ def recipe(heading, names):
     section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, re.M | re.S)
     commands = "\n".join(re.findall(r"^    (.*)$", section[1], re.MULTILINE))
     # The plugin of this tree, not the one that may be installed.
-    commands = re.sub(r" rbd (?=[a-z-]+=)", f" python {PLUGIN} ", commands)
+    commands = re.sub(r"(?<!profile) rbd (?=[a-z-]+=)", f" python {PLUGIN} ", commands)
     commands = commands.replace(" rbd_export.py ", f" {PLUGIN} ")
     for printed, ours in names.items():
         assert printed in commands, printed

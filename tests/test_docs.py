@@ -3,9 +3,12 @@
 """The documents against the code, and against each other."""
 
 import ast
+import os
 import re
+import signal
 
-from conftest import PLUGIN, ROOT
+import pytest
+from conftest import MIB, PLUGIN, ROOT, assert_same, recipe, run_script, unique, wait_until
 
 TELLS = {
     "ExportError",
@@ -74,3 +77,55 @@ def test_links_between_the_documents_lead_somewhere():
                     re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings
                 ]
                 assert heading in anchors, f"{path.name}: {target}"
+
+
+@pytest.fixture
+def user(cluster):
+    """The name of a user that a recipe makes."""
+    name = unique("rbd-export-test")
+    yield name
+    cluster.ceph("auth", "rm", f"client.{name}")
+
+
+@pytest.fixture
+def pidfile(tmp_path):
+    """Of an nbdkit that a recipe leaves in the background."""
+    path = tmp_path / "nbdkit.pid"
+    yield path
+    if path.exists():
+        pid = int(path.read_text())
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def test_the_first_steps_of_the_readme_work_as_printed(cluster, images, tmp_path, user, pidfile):
+    image = images.create(8 * MIB)
+    image.write(os.urandom(MIB), MIB)
+    names = {
+        "pool=rbd": f"pool={cluster.pool}",
+        "client.nbd": f"client.{user}",
+        "id=nbd": f"id={user} ceph.keyring=ceph.client.{user}.keyring",
+        "nbdkit --unix": f"nbdkit --pidfile={pidfile} --unix",
+        "/run/vm1.sock": tmp_path / "vm1.sock",
+        "rbd/vm1": image.spec,
+    }
+    run_script(recipe("Use it", names), cluster, tmp_path)
+    assert_same((tmp_path / "vm1.raw").read_bytes(), image.read(0, 8 * MIB))
+
+
+def test_the_gateway_of_the_readme_works_as_printed(cluster, images, tmp_path, pidfile):
+    image = images.create(8 * MIB, name="vm1")
+    images.create(name="vm-secret1")
+    image.write(b"monday" * 1000, 0)
+    image.snap("monday")
+    image.write(b"tuesday" * 1000, 0)
+    names = {
+        "pool=rbd": f"pool={cluster.pool}",
+        "id=nbd": "id=rw",
+        "nbdkit --unix": f"nbdkit --pidfile={pidfile} --unix",
+        "/run/rbd.sock": tmp_path / "rbd.sock",
+    }
+    listed = run_script(recipe("Serve a whole pool", names), cluster, tmp_path)
+    assert set(re.findall('export="(.*)"', listed)) == {"vm1", "vm1@monday"}
+    assert_same((tmp_path / "vm1.raw").read_bytes(), image.read(0, 8 * MIB))
+    assert_same((tmp_path / "monday.raw").read_bytes(), image.read(0, 8 * MIB, "monday"))
