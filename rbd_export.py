@@ -1349,6 +1349,12 @@ class Handle:
         self.client = f"client {next(CLIENTS)} ({peer()})"
         access = "read-only" if self.shared.read_only else "read-write"
         log_info(f"{self.client} connected: {self.shared.name}, {self.size} bytes, {access}")
+        CONNECTED[self] = None
+
+    def part(self) -> None:
+        """Say what the client has done, once."""
+        if CONNECTED.pop(self, self) is None:
+            log_info(f"{self.client} gone: {self.tally()}")
 
     def tally(self) -> str:
         done = [
@@ -1385,6 +1391,7 @@ class Handle:
 FENCED = Fenced()
 
 CLIENTS = itertools.count(1)
+CONNECTED: dict[Handle, None] = {}
 
 # By their callbacks.
 REQUESTS = {
@@ -2060,11 +2067,14 @@ def close(h: Handle | None) -> None:
         if h.errors:
             SERVED[threading.get_native_id()] = h.cluster
         h.close()
-        log_info(f"{h.client} gone: {h.tally()}")
+        h.part()
 
 
 def cleanup() -> None:
     Cluster.end()
+    # nbdkit does not wait for connections to close after a signal.
+    for handle in list(CONNECTED):
+        handle.part()
     log_info("rbd_export ends")
 
 
