@@ -1353,8 +1353,9 @@ class Handle:
 
     def part(self) -> None:
         """Say what the client has done, once."""
-        if CONNECTED.pop(self, self) is None:
-            log_info(f"{self.client} gone: {self.tally()}")
+        with PARTING:
+            if CONNECTED.pop(self, self) is None:
+                log_info(f"{self.client} gone: {self.tally()}")
 
     def tally(self) -> str:
         done = [
@@ -1392,6 +1393,7 @@ FENCED = Fenced()
 
 CLIENTS = itertools.count(1)
 CONNECTED: dict[Handle, None] = {}
+PARTING = threading.Lock()
 
 # By their callbacks.
 REQUESTS = {
@@ -2075,7 +2077,8 @@ def cleanup() -> None:
     # nbdkit does not wait for connections to close after a signal.
     for handle in list(CONNECTED):
         handle.part()
-    log_info("rbd_export ends")
+    with PARTING:
+        log_info("rbd_export ends")
 
 
 # ---- negotiation -------------------------------------------------------------
