@@ -27,6 +27,7 @@ import fnmatch
 import functools
 import glob
 import itertools
+import json
 import operator
 import os
 import re
@@ -145,10 +146,10 @@ def size(value: str) -> int:
 
     nbdkit.parse_size takes the same, but logs an error of its own.
     """
-    match = re.fullmatch("([0-9]+)([kKMGTPE]?)", value)
+    match = re.fullmatch("([0-9]+)([kmgtpe]?)", value, re.IGNORECASE | re.ASCII)
     number = int(match[1]) << 10 * " KMGTPE".index(match[2].upper() or " ") if match else 0
     if not 0 < number < 1 << 63:
-        raise ValueError(f"'{value}' is not a size above 0")
+        raise ValueError(f"'{value}' is not a size above 0: bytes, or with k, M, G, T, P or E")
     return number
 
 
@@ -246,6 +247,10 @@ ALIASES = {"user": "id"}
 open_file = open  # `open` is a callback of nbdkit further down
 
 
+def is_ceph_option(name: str) -> bool:
+    return rados.Rados(rados_id="").conf_get(name) is not None
+
+
 class Spec(NamedTuple):
     """An image, or one of its snapshots, by name; with a base, what has changed since then."""
 
@@ -331,6 +336,8 @@ class Config:
         name = ALIASES.get(name, name)
         if name not in PARAMETERS or (option == "") == (name == "ceph.OPTION"):
             known = difflib.get_close_matches(name, [*PARAMETERS, *ALIASES], n=1)
+            if is_ceph_option(key):
+                known = [f"ceph.{key}"]
             hint = f"; did you mean '{known[0]}'?" if known else ""
             raise ExportError(f"unknown parameter '{key}'{hint}")
         repeatable = name in PARAMETERS and PARAMETERS[name].repeatable
@@ -372,7 +379,7 @@ class Config:
             raise ExportError(f"{error} ({self.where()})") from None
 
     def complete_image(self) -> None:
-        for name in ("exports", "default-export"):
+        for name in ("exports", "default-export", "images-per-connection"):
             if name in self.given:
                 raise ExportError(f"'image' and '{name}' exclude each other: leave one of them out")
         image = self.given.pop("image")
@@ -393,6 +400,8 @@ class Config:
                     raise ExportError(f"'{name}' and 'create' exclude each other: leave one out")
             if not self["probe"]:
                 raise ExportError("'create' needs the probe: leave 'probe=no' out")
+            if nbdkit_options().readonly:
+                raise ExportError("'create' and nbdkit's -r exclude each other: leave one out")
 
     def complete_encryption(self) -> None:
         layers = len(self["encryption-format"])
@@ -705,6 +714,8 @@ class Cluster:
                     image = stack.enter_context(open_image(ioctx, spec, read_only))
                 found = kind(self.rados, ioctx, image, spec)
                 stack.callback(found.close)
+                if CONFIG["encryption-format"] and not read_only:
+                    keep_header(ioctx, image)
                 shared = self.join(key, found)
             try:
                 if shared is found:
@@ -810,8 +821,9 @@ def what_is_missing(ioctx: rados.Ioctx, spec: Spec) -> str:
         if spec.namespace and not rbd.RBD().namespace_exists(ioctx, spec.namespace):
             return f"namespace '{spec.namespace}' not found in pool '{spec.pool}'"
         with rbd.Image(ioctx, spec.image, read_only=True):
-            return f"snapshot '{spec.snapshot}' not found in image '{spec._replace(snapshot=None)}'"
-    return f"image '{spec._replace(snapshot=None)}' not found"
+            whole = spec._replace(snapshot=None, base=None)
+            return f"snapshot '{spec.snapshot}' not found in image '{whole}'"
+    return f"image '{spec._replace(snapshot=None, base=None)}' not found"
 
 
 def identity(image: rbd.Image, ioctx: rados.Ioctx, spec: Spec, read_only: bool) -> tuple[Any, ...]:
@@ -827,16 +839,15 @@ def snapshot_ids(image: rbd.Image, spec: Spec) -> tuple[int | None, int | None]:
     snapshot = None if spec.snapshot is None else image.snap_get_id(spec.snapshot)
     if spec.base is None:
         return snapshot, None
+    whole = spec._replace(snapshot=None, base=None)
     try:
         base = image.snap_get_id(spec.base)
     except rbd.ImageNotFound:
-        raise ExportError(
-            f"from-snapshot '{spec.base}' not found in image '{spec.image}'"
-        ) from None
+        raise ExportError(f"from-snapshot '{spec.base}' not found in image '{whole}'") from None
     if snapshot is not None and base >= snapshot:
         raise ExportError(
             f"from-snapshot '{spec.base}' is not older than snapshot '{spec.snapshot}'"
-            f" of image '{spec.image}'"
+            f" of image '{whole}'"
         )
     return snapshot, base
 
@@ -851,7 +862,9 @@ class OpenImage:
     ) -> None:
         self.snapshot_ids = snapshot_ids(image, spec)
         self.name = str(spec)
-        self.layer: Any = visible_layer(cluster, ioctx, image, self.snapshot_ids, self.name)
+        self.layer: Any = visible_layer(
+            cluster, ioctx, image, self.snapshot_ids, self.name, self.read_only
+        )
         self.locking = threading.Lock()
         self.resources: Any = None  # what else to close with it
         self.users = 0
@@ -1058,7 +1071,9 @@ class ReadOnlyImage(OpenImage):
             for number in self.snapshot_ids:
                 if number and image.snap_get_namespace_type(number) != USER_SNAPSHOT:
                     raise self.gone()  # to the trash
-            layer = visible_layer(known.cluster, known.ioctx, image, self.snapshot_ids, self.name)
+            layer = visible_layer(
+                known.cluster, known.ioctx, image, self.snapshot_ids, self.name, True
+            )
             # The former one is closed when the last request has let go of it.
             self.current = layer, (header, self.ancestors.headers)
 
@@ -1179,33 +1194,66 @@ def visible_layer(
     image: rbd.Image,
     snapshot_ids: tuple[int | None, int | None],
     name: str,
+    read_only: bool,
 ) -> Layer:
-    """Return what clients are to see of an image: the decrypted one, if it is encrypted.
-
-    What is stored, which block status needs, is then seen by another handle.
-    """
+    """Return what clients are to see of an image: the decrypted one, if it is encrypted."""
     if not CONFIG["encryption-format"]:
         return Layer(cluster, ioctx, image, *snapshot_ids)
     size = image.size()
     decrypt(image, name)
+    begin = size - image.size()
+    if begin < 0:
+        raise ExportError(f"image '{name}' is smaller than its LUKS header")
+    if begin % image.stat()["obj_size"]:
+        # librbd of Ceph 16 copies up from the parent without what lies before the data.
+        raise ExportError(f"librbd cannot decrypt image '{name}': {UNALIGNED}")
+    if not read_only:
+        # What reads as zeroes reads as something else as soon as a neighbour is written.
+        layer = Layer(cluster, ioctx, image, *snapshot_ids)
+        layer.opaque = True
+        return layer
+    # Block status is about what is stored, which is seen by a handle of its own.
     stored = open_by_id(ioctx, image.id(), snapshot_ids[0])
     layer = Layer(cluster, ioctx, stored, *snapshot_ids)
     if stored.size() != size:
         layer.close()
         raise ExportError(f"image '{name}' has been resized while it was opened")
     layer.image = image
-    layer.begin = size - image.size()
-    # How the parent's data is mapped into a clone depends on the headers of both.
-    layer.opaque = layer.opaque or stored.overlap() > 0 or layer.begin % BLOCK > 0
+    layer.begin = begin
+    # How the parent's data is mapped into a clone depends on the headers of both; and with
+    # another header the same ciphertext is other data.
+    layer.opaque = layer.opaque or stored.overlap() > 0
+    if layer.base:
+        former = layer.base.stored
+        header = former.read(0, min(begin, former.size()))
+        layer.opaque = layer.opaque or header != stored.read(0, begin)
     return layer
+
+
+def keep_header(ioctx: rados.Ioctx, image: rbd.Image) -> None:
+    """Give an encrypted clone a LUKS header of its own, if its parent has it.
+
+    When another client asks the owner of the lock to flatten the clone, librbd before
+    Ceph 17 leaves out what it takes for no data.
+    """
+    if image.overlap() and not hasattr(rbd.Image, "encryption_load2"):
+        with rbd.Image(ioctx, image_id=image.id()) as stored:
+            for place in range(0, stored.size() - image.size(), stored.stat()["obj_size"]):
+                stored.write(stored.read(place, 1), place)
 
 
 def decrypt(image: rbd.Image, name: str) -> None:
     """Load the encryption of an image (rbd_encryption_load, rbd_encryption_load2)."""
-    header = image.read(0, min(8, image.size()))
-    found = f"luks{header[7]}" if header[:6] in LUKS_MAGIC and header[7:] else ""
-    if not found:
+    header = image.read(0, min(16, image.size()))
+    if header[:6] not in LUKS_MAGIC or not header[7:]:
         raise ExportError(f"image '{name}' is not encrypted: it has no LUKS header")
+    found = f"luks{header[7]}"
+    if found not in LUKS:
+        raise ExportError(f"image '{name}' has an unknown encryption format, {found}")
+    if found == "luks2" and is_reencrypted(image, int.from_bytes(header[8:], "big")):
+        raise ExportError(f"image '{name}' is being reencrypted: cryptsetup must finish first")
+    if image.stripe_count() > 1:
+        raise ExportError(f"librbd cannot decrypt image '{name}': it is striped")
     first, *parents = CONFIG["encryption-format"]
     if first not in ("luks", found):
         raise ExportError(f"image '{name}' has the encryption format {found}, not {first}")
@@ -1225,10 +1273,25 @@ def decrypt(image: rbd.Image, name: str) -> None:
             raise
         reason = {
             errno.ENOTSUP: "it has the feature journaling, or a cipher that librbd has not",
-            errno.EINVAL: "its data does not begin at a multiple of the object size",
+            errno.EINVAL: f"its header is damaged, or {UNALIGNED}",
         }.get(error.errno, str(error))
         raise ExportError(f"librbd cannot decrypt image '{name}': {reason}") from None
 
+
+def is_reencrypted(image: rbd.Image, header_size: int) -> bool:
+    """Tell whether a LUKS2 image has a requirement, which librbd does not look for.
+
+    LUKS2 On-Disk Format, 3.1 and 3.6: JSON after a binary header of 4096 bytes.
+    """
+    length = min(header_size, image.size(), 4 << 20) - 4096
+    try:
+        metadata = json.loads(image.read(4096, max(0, length)).split(b"\0")[0])
+        return bool(metadata["config"].get("requirements"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # librbd will tell what is wrong
+
+
+UNALIGNED = "its data does not begin at a multiple of the object size"
 
 # At the begin of an image, and of a clone with a format of its own (librbd's Magic.cc).
 LUKS_MAGIC = b"LUKS\xba\xbe", b"RBDL\xba\xbe"
@@ -1421,7 +1484,9 @@ def peer() -> str:
             found = [f"[{socket.inet_ntop(family, address.raw[8:24])}]:{port}"]
         elif family == socket.AF_UNIX:
             library.nbdkit_peer_pid.restype = ctypes.c_int64
-            found = [f"process {library.nbdkit_peer_pid()}"]
+            pid = library.nbdkit_peer_pid()
+            # Of a process in another namespace there is none.
+            found = [f"process {pid}" if pid > 0 else "a process"]
     if hasattr(nbdkit, "peer_tls_dn") and (name := nbdkit.peer_tls_dn()):
         found.append(name)
     return ", ".join(found)
@@ -1772,8 +1837,9 @@ def get_ready() -> None:
     nbdkit_version()  # asked before nbdkit may lose its rights; after_fork tells
     if CONFIG["parallel"] == "auto" and CONFIG.spec and is_affected():
         print(
-            "nbdkit: warning: this nbdkit may abort when a client hangs up in mid-request:"
-            " parallel=no avoids that but is slower, parallel=yes accepts it",
+            "nbdkit: warning: this nbdkit may abort, or send a reply to another client, when a"
+            " client hangs up in mid-request: parallel=no avoids that but is slower,"
+            " parallel=yes accepts it",
             file=sys.stderr,
             flush=True,
         )
@@ -1833,10 +1899,13 @@ def probe_image(spec: Spec) -> None:
         if is_point_in_time(spec):
             with open_image(ioctx, spec._replace(base=None), read_only=False) as image:
                 remove_left_overs(image)
-        with open_image(ioctx, spec, read_only=True) as image:
-            if CONFIG["lock"] == "exclusive" and not CONFIG.is_read_only(spec, None):
+        # A key that may only read does not open it for writing.
+        read_only = nbdkit_options().readonly or CONFIG.is_read_only(spec, None)
+        with open_image(ioctx, spec, read_only) as image:
+            if CONFIG["lock"] == "exclusive" and not read_only:
                 look_for_lock(image, str(spec))
-            OpenImage(cluster.rados, ioctx, image, spec).close()
+            kind = ReadOnlyImage if read_only else OpenImage
+            kind(cluster.rados, ioctx, image, spec).close()
 
 
 def probe_exports() -> None:
@@ -2024,12 +2093,22 @@ FIRST_PROCESS = os.getpid()
 @functools.cache
 def nbdkit_options() -> argparse.Namespace:
     """Return what a plugin is not told of nbdkit's command line."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--log", default="default")
     parser.add_argument("--run")
+    parser.add_argument("-r", "--readonly", "--read-only", action="store_true")
     parser.add_argument("-s", "--single", "--stdin", action="store_true")
+    # These may stand in one word with the others.
+    for flag in "46fnovV":
+        parser.add_argument(f"-{flag}", action="store_true")
+    for option in "DegiPptuU":
+        parser.add_argument(f"-{option}", action="append")
     with open_file("/proc/self/cmdline", "rb") as file:
-        return parser.parse_known_args(os.fsdecode(file.read()).split("\0")[1:])[0]
+        words = os.fsdecode(file.read()).split("\0")[1:]
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError:
+        return parser.parse_args([])
 
 
 @functools.cache
@@ -2395,7 +2474,7 @@ class Layer:
         If one will do: no more than the first of them, in several pieces, is certain.
         """
         low, high = offset - offset % BLOCK, limit + -limit % BLOCK
-        size = min(self.stored.size(), self.begin + self.image.size())
+        size = self.stored.size()
         # If the image has shrunk, what is no longer there is for reads to report.
         end = min(high, size) if limit <= size else size - size % BLOCK
         unlisted = HOLE if self.base else ZERO
@@ -2487,7 +2566,7 @@ class Layer:
 
     def changed(self, low: int, high: int, existing: Ranges) -> Ranges:
         """Return where the content may differ from that of the base."""
-        if not self.base:
+        if not self.base or self.opaque:
             return [(low, high)]
         size = self.base.stored.size()
         before = self.base.written(low, min(high, size))
@@ -2622,8 +2701,6 @@ class Layer:
         if not self.striped:
             low, high = low - low % self.period, high + -high % self.period
         high = min(high, self.stored.size())
-        if self.image is not self.stored and not self.settled:
-            self.image.flush()  # librbd does so where it knows of the writes
         if low < high:  # librbd 16.2 aborts on an empty range
             self.stored.diff_iterate(low, high - low, since, add, False, whole_object)
         return union(found)

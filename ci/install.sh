@@ -9,6 +9,7 @@
 #   DESTDIR=FOLDER ci/install.sh   into a folder, for a package; needs no root
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# = 0 ] || { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 
 [ -n "${DESTDIR-}" ] || ci/install-deps.sh install
 

@@ -330,7 +330,7 @@ def test_a_copied_sparse_file_takes_no_more_than_rbd_import(servers, images, clu
     cluster.rbd("import", str(sparse), imported.spec)
     images.made.append(imported)
     name = unique("copied")
-    server = servers(f"{cluster.pool}/{name}", create="200M").start()
+    server = servers(f"{cluster.pool}/{name}", create="200m").start()
     copied = Image(cluster, name)
     images.made.append(copied)
     subprocess.run(
@@ -417,6 +417,12 @@ def test_create_takes_object_size_data_pool_and_features(servers, images, cluste
 )
 def test_a_mistake_is_named(servers, parameters, message):
     assert message in refused(servers(f"rbd/{unique('none')}", **parameters))
+
+
+def test_a_read_only_export_makes_no_image(servers, cluster):
+    server = servers(f"{cluster.pool}/{unique('none')}", create="1M")
+    server.options = ["-r"]
+    assert "'create' and nbdkit's -r exclude each other: leave one out" in refused(server)
 
 
 # ---- the README --------------------------------------------------------------

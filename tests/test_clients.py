@@ -128,7 +128,7 @@ def test_requests_are_served_side_by_side_where_nbdkit_can(
     expected = "processing requests with 16 threads" if side_by_side else "requests serially"
     wait_until(lambda: "processing requests" in server.log())
     assert expected in server.log()
-    warned = "may abort when a client hangs up" in server.log()
+    warned = "this nbdkit may abort" in server.log()
     assert warned == (affected and kind == "image" and parallel == "auto")
 
 

@@ -9,7 +9,7 @@ import subprocess
 import nbd
 import pytest
 import rbd
-from conftest import GIB, MIB, PLUGIN, Server, unique, wait_until
+from conftest import GIB, MIB, PLUGIN, Server, refused, unique, wait_until
 
 
 def test_a_writable_image_offers_every_command(server, image):
@@ -131,19 +131,32 @@ def test_a_non_primary_mirror_is_read_only(servers, images, cluster):
         cluster.rbd("mirror", "image", "disable", image.spec, id="admin")
 
 
-@pytest.mark.parametrize("parameters", [{}, {"snapshot": "s"}], ids=["image", "snapshot"])
-def test_a_read_only_key_is_enough_for_reading(servers, image, parameters):
+@pytest.mark.parametrize(
+    ("option", "parameters"),
+    [
+        (["-r"], {}),
+        (["--readonly"], {}),
+        (["-rv"], {}),
+        (["-vr"], {}),
+        ([], {"snapshot": "s"}),
+        ([], {"access": "*/*:ro"}),
+    ],
+)
+def test_a_read_only_key_is_enough_for_reading(servers, image, option, parameters):
     image.write(b"old", 0)
     image.snap("s")
     server = servers(image, id="ro", **parameters)
-    server.options = ["-r"]
+    server.options = option
     client = server.start().connect()
     assert_read_only(client)
     assert client.block_status(64 * MIB, 0, lambda *_: None) is None
 
 
 def test_a_read_only_key_without_option_r_is_refused_with_a_hint(servers, image):
-    server = servers(image, id="ro").start()
+    message = refused(servers(image, id="ro"))
+    assert f"no permission to open image '{image.spec}'" in message
+    assert "if the key is read-only, start nbdkit with -r" in message
+    server = servers(image, id="ro", probe="no").start()
     with pytest.raises(nbd.Error):
         server.connect()
     server.stop()
@@ -257,7 +270,7 @@ def test_the_log_names_the_cause_of_a_failed_open_once(servers, cluster):
 
 def test_failed_opens_leave_nothing_behind(servers, image, cluster):
     with cluster.key(mon="profile rbd", osd="profile rbd-read-only") as login:
-        server = servers(image, **login).start()
+        server = servers(image, **login, probe="no").start()
 
         def fail():
             with pytest.raises(nbd.Error):

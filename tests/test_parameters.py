@@ -195,6 +195,8 @@ def test_readme_and_manual_state_the_defaults_of_the_code():
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
+        ({"keyring": "x"}, "unknown parameter 'keyring'; did you mean 'ceph.keyring'?"),
+        ({"images-per-connection": "2"}, "'image' and 'images-per-connection' exclude"),
         ({"imgae": "x"}, "unknown parameter 'imgae'; did you mean 'image'?"),
         ({"connect_timeuot": "1"}, "unknown parameter 'connect_timeuot'; did you mean"),
         ({"xyzzy": "1"}, "unknown parameter 'xyzzy'"),

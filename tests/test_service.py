@@ -18,6 +18,7 @@ import nbd
 import pytest
 import trustme
 from conftest import MIB, PATIENCE, PLUGIN, ROOT, Image, assert_same, recipe, unique, wait_until
+from test_encryption import HEADER, PASSPHRASE, luks_header
 
 UNITS = sorted((ROOT / "config/systemd").glob("*.service")) + sorted(
     (ROOT / "config/systemd").glob("*.socket")
@@ -376,6 +377,29 @@ def test_a_host_that_is_up_before_its_image_serves_it_later(host, login, cluster
     wait_until(lambda: int(host.show("rbd-export@late.service", "NRestarts")) > 0)
     images.create(name=image.name)
     assert connect(host.run / "rbd-export/late.sock").get_size() == 64 * MIB
+
+
+def test_systemd_hands_over_the_passphrase_of_an_encrypted_image(host, login, images, directory):
+    image = images.create(HEADER + 8 * MIB)
+    image.write(luks_header(directory, "luks2"), 0)
+    (host.run / "vm1.pass").write_bytes(PASSPHRASE)
+    (host.run / "vm1.pass").chmod(0o600)
+    text = (ROOT / "README.md").read_text()
+    credential = re.search(r"`(LoadCredential=passphrase:)/root/vm1.pass`", text)[1]
+    parameter = re.search(r"`(passphrase-file=\S+)rbd-vm1(\S+)`", text).expand(r"\1luks\2")
+    (host.run / "env").write_text(
+        f"IMAGE={image.spec}\nOPTIONS=id={login['id']} encryption-format=luks {parameter}\n"
+    )
+    host.shell(f"""
+mkdir -p /etc/systemd/system/rbd-export@luks.service.d
+printf '[Service]\\n{credential}/run/vm1.pass\\n' \\
+  >/etc/systemd/system/rbd-export@luks.service.d/pass.conf
+cp /run/env /etc/rbd-export/luks.env
+systemctl daemon-reload; systemctl start rbd-export@luks.socket""")
+    client = connect(host.run / "rbd-export/luks.sock")
+    assert client.get_size() == 8 * MIB
+    client.pwrite(b"secret", 0)
+    assert client.pread(6, 0) == b"secret"
 
 
 def test_the_gateway_serves_a_pool_over_tls(host, login, cluster, images, directory):
