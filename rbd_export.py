@@ -1202,11 +1202,9 @@ def visible_layer(
     size = image.size()
     decrypt(image, name)
     begin = size - image.size()
-    if begin < 0:
-        raise ExportError(f"image '{name}' is smaller than its LUKS header")
-    if begin % image.stat()["obj_size"]:
-        # librbd of Ceph 16 copies up from the parent without what lies before the data.
-        raise ExportError(f"librbd cannot decrypt image '{name}': {UNALIGNED}")
+    if begin < 0 or begin % image.stat()["obj_size"]:
+        # librbd of Ceph 16 takes it, but loses the header of a clone at the first write.
+        raise ExportError(f"librbd cannot decrypt image '{name}': {BAD_HEADER}")
     if not read_only:
         # What reads as zeroes reads as something else as soon as a neighbour is written.
         layer = Layer(cluster, ioctx, image, *snapshot_ids)
@@ -1273,7 +1271,7 @@ def decrypt(image: rbd.Image, name: str) -> None:
             raise
         reason = {
             errno.ENOTSUP: "it has the feature journaling, or a cipher that librbd has not",
-            errno.EINVAL: f"its header is damaged, or {UNALIGNED}",
+            errno.EINVAL: BAD_HEADER,
         }.get(error.errno, str(error))
         raise ExportError(f"librbd cannot decrypt image '{name}': {reason}") from None
 
@@ -1291,7 +1289,10 @@ def is_reencrypted(image: rbd.Image, header_size: int) -> bool:
         return False  # librbd will tell what is wrong
 
 
-UNALIGNED = "its data does not begin at a multiple of the object size"
+BAD_HEADER = (
+    "its header is damaged or larger than the image, or its data does not begin at a multiple"
+    " of the object size"
+)
 
 # At the begin of an image, and of a clone with a format of its own (librbd's Magic.cc).
 LUKS_MAGIC = b"LUKS\xba\xbe", b"RBDL\xba\xbe"

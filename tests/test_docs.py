@@ -43,7 +43,7 @@ def messages():
             case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name), args=[told, *_]):
                 if name in TELLS or wording(told).startswith("nbdkit: warning"):
                     found.add(wording(told))
-            case ast.Assign(targets=[ast.Name(id="reason" | "report" | "UNALIGNED")], value=value):
+            case ast.Assign(targets=[ast.Name(id="reason" | "report" | "BAD_HEADER")], value=value):
                 found.add(wording(value))
             case ast.Return(value=value) if value and "not found" in wording(value):
                 found.add(wording(value))
