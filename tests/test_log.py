@@ -169,19 +169,9 @@ def test_an_nbdkit_in_the_background_logs_to_syslog(server, tmp_path, image):
         ln -s {socket_path} /dev/log
         exec "$@"
         """
-        subprocess.run(
-            [
-                "unshare",
-                "--mount",
-                "--propagation=unchanged",
-                "bash",
-                "-euc",
-                script,
-                "bash",
-                *command,
-            ],
-            check=True,
-        )
+        # Private to it, by unshare's default: else the mount would reach the host's /dev.
+        private = ["unshare", "--mount", "bash", "-euc", script, "bash"]
+        subprocess.run([*private, *command], check=True)
         wait_until(server.pidfile.exists)
         pid = int(server.pidfile.read_text())
         try:
