@@ -2298,8 +2298,7 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
     FAST_ZERO would do itself.
     """
     zero_flags = 0 if flags & nbdkit.FLAG_MAY_TRIM else rbd.RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
-    is_fast = not zero_flags and not CONFIG["encryption-format"]
-    if flags & nbdkit.FLAG_FAST_ZERO and not is_fast:
+    if flags & nbdkit.FLAG_FAST_ZERO and (zero_flags or CONFIG["encryption-format"]):
         raise NotFast
 
     def write_zeroes(image: rbd.Image) -> None:
