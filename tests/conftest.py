@@ -378,8 +378,8 @@ class Daemon:
         os.kill(self.pid, signal.SIGSTOP)
         wait_until(lambda: set(self.thread_states()) == {"T"})
 
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
         wait_until(lambda: not pathlib.Path(f"/proc/{self.pid}").exists())
 
     def resume(self):

@@ -8,7 +8,7 @@ import re
 import signal
 
 import pytest
-from conftest import MIB, PLUGIN, ROOT, assert_same, recipe, run_script, unique, wait_until
+from conftest import MIB, PLUGIN, ROOT, Daemon, assert_same, recipe, run_script, unique
 
 TELLS = {
     "ExportError",
@@ -93,9 +93,7 @@ def pidfile(tmp_path):
     path = tmp_path / "nbdkit.pid"
     yield path
     if path.exists():
-        pid = int(path.read_text())
-        os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+        Daemon(path).kill(signal.SIGTERM)
 
 
 def test_the_first_steps_of_the_readme_work_as_printed(cluster, images, tmp_path, user, pidfile):

@@ -503,13 +503,12 @@ def test_a_passphrase_may_have_any_bytes(servers, images, tmp_path, opener):
     assert servers(image, **opener).start().connect().get_size() == SIZE
 
 
-def test_nbdkits_own_ways_to_give_a_passphrase(servers, images, tmp_path):
+def test_nbdkits_own_ways_to_give_a_passphrase(servers, images, tmp_path, nbdkit_version):
+    new = nbdkit_version >= (1, 42)
     image = images.create(HEADER + SIZE)
     image.write(luks_header(tmp_path, "luks2"), 0)
     path = tmp_path / "line"
     path.write_bytes(PASSPHRASE + b"\n")
-    version = subprocess.run(["nbdkit", "--version"], capture_output=True, text=True, check=True)
-    new = tuple(map(int, version.stdout.split()[1].split(".")[:2])) >= (1, 42)
     with path.open("rb") as file:
         for form in (f"+{path}", f"-{file.fileno()}"):
             server = servers(image, **{"encryption-format": "luks2", "passphrase-file": form})

@@ -10,7 +10,7 @@ import subprocess
 
 import nbd
 import pytest
-from conftest import MIB, wait_until
+from conftest import MIB, Daemon, wait_until
 
 
 def info(log):
@@ -60,25 +60,13 @@ def test_requests_add_no_line(server):
     assert server.log() == before
 
 
-def test_failed_requests_are_counted(server):
+def test_failed_requests_are_counted(server, image):
+    image.snap("s")
     server.parameters["snapshot"] = "s"
-    server.parameters["image"] = image = server.parameters["image"]
-    subprocess.run(
-        [
-            *("rbd", "--conf", server.parameters["conf"], "--id", "rw"),
-            *("snap", "create", f"{image}@s"),
-        ],
-        check=True,
-    )
     client = server.start().connect()
     client.pread(512, 0)
-    subprocess.run(
-        [
-            *("rbd", "--conf", server.parameters["conf"], "--id", "rw"),
-            *("snap", "rm", "--no-progress", f"{image}@s"),
-        ],
-        check=True,
-    )
+    with image.open() as opened:
+        opened.remove_snap("s")
     with pytest.raises(nbd.Error):
         client.pread(512, 0)
     client.shutdown()
@@ -173,18 +161,17 @@ def test_an_nbdkit_in_the_background_logs_to_syslog(server, tmp_path, image):
         private = ["unshare", "--mount", "bash", "-euc", script, "bash"]
         subprocess.run([*private, *command], check=True)
         wait_until(server.pidfile.exists)
-        pid = int(server.pidfile.read_text())
+        daemon = Daemon(server.pidfile)
         try:
             server.connect().pread(512, 0)
             server.disconnect()
         finally:
-            os.kill(pid, signal.SIGTERM)
+            daemon.kill(signal.SIGTERM)
         lines = []
         syslog.settimeout(30)
         while not lines or "ends" not in lines[-1]:
             lines.append(syslog.recv(4096).decode())
-    assert all(re.match(rf"<30>.* nbdkit\[{pid}\]: ", line) for line in lines), lines
+    assert all(re.match(rf"<30>.* nbdkit\[{daemon.pid}\]: ", line) for line in lines), lines
     assert f"serves {image.spec}" in lines[0]
     assert "connected" in lines[1]
     assert "gone: read 1 (512 bytes)" in lines[2]
-    wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
