@@ -13,6 +13,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import uuid
 
@@ -70,19 +71,26 @@ def recipe(heading, names):
 
 
 def run_script(script, cluster, directory):
-    """Run commands with bash until one fails; return what they print."""
+    """Run commands with bash until one fails; return what they print.
+
+    Not by a pipe: what they leave running, if they fail, would keep it open.
+    """
     environment = {**os.environ, "CEPH_CONF": cluster.conf, "TMPDIR": str(directory)}
-    done = subprocess.run(
-        ["bash", "-c", f"set -euo pipefail\n{script}"],
-        cwd=directory,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as complaints:
+        done = subprocess.run(
+            ["bash", "-c", f"set -euo pipefail\n{script}"],
+            cwd=directory,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=complaints,
+            check=False,
+        )
+        for file in (output, complaints):
+            file.seek(0)
+        printed = output.read()
+        assert done.returncode == 0, printed + complaints.read()
+    return printed
 
 
 class Cluster:

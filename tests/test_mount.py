@@ -3,6 +3,7 @@
 """An image mounted on a host without krbd, and without the nbd module."""
 
 import pathlib
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -13,8 +14,8 @@ from conftest import MIB, ROOT, recipe, run_script, wait_until
 # XFS takes no disk that is smaller.
 SIZE = 300 * MIB
 
-# A recipe that has failed may leave these, and nbdfuse would keep run_script waiting.
-CLEAN_UP = "{{ umount {0}/mnt/vm1; fusermount3 -u {0}/run/vm1; }} 2>/dev/null || true"
+# What a recipe that has failed may leave.
+CLEAN_UP = "trap '{{ umount {0}/mnt/vm1; fusermount3 -u {0}/run/vm1; }} 2>/dev/null || true' EXIT"
 
 
 @pytest.fixture
@@ -24,11 +25,14 @@ def place():
         yield pathlib.Path(name)
 
 
-@pytest.fixture
-def clean_up(place):
-    script = CLEAN_UP.format(place)
-    yield f"trap '{script}' EXIT\n"
-    subprocess.run(script, shell=True, check=True)
+def run_privately(script, place, cluster, directory):
+    """Run commands where what they mount is seen by nobody else.
+
+    Another test's mount namespace would have a copy of it, and keep it mounted.
+    """
+    script = f"{CLEAN_UP.format(place)}\n{script}"
+    private = f"unshare --mount bash -euo pipefail -c {shlex.quote(script)}"
+    return run_script(private, cluster, directory)
 
 
 @pytest.mark.parametrize(
@@ -36,14 +40,14 @@ def clean_up(place):
     [("mkfs.ext4 -q", "e2fsck -fn"), ("mkfs.xfs -q", "xfs_repair -n")],
     ids=["ext4", "xfs"],
 )
-def test_a_tree_of_files_outlives_the_export(
-    cluster, images, clean_up, place, tmp_path, mkfs, check
-):
+def test_a_tree_of_files_outlives_the_export(cluster, images, place, tmp_path, mkfs, check):
     image = images.create(SIZE)
     names = {
         "rbd/vm1": image.spec,
         "/run/vm1": place / "run/vm1",
         "/mnt/vm1": place / "mnt/vm1",
+        # Before the test's own time is over, so that it can say what went wrong.
+        "timeout 60": "timeout 30",
         "mkfs.ext4 -q": mkfs,
         "e2fsck -fn": check,
     }
@@ -52,13 +56,13 @@ def test_a_tree_of_files_outlives_the_export(
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__"))
     mount, unmount = commands.rsplit("umount", 1)
     write = f"cp -a {tree} {place}/mnt/vm1/\n"
-    run_script(f"{clean_up}{mount}{write}umount{unmount}", cluster, tmp_path)
+    run_privately(f"{mount}{write}umount{unmount}", place, cluster, tmp_path)
     wait_until(lambda: not image.watchers())
 
     # A second nbdkit, which has seen none of this.
     mount = "\n".join(line for line in mount.splitlines() if not line.startswith("mkfs"))
     compare = f"diff -r --no-dereference {tree} {place}/mnt/vm1/tree\n"
-    run_script(f"{clean_up}{mount}\n{compare}umount{unmount}", cluster, tmp_path)
+    run_privately(f"{mount}\n{compare}umount{unmount}", place, cluster, tmp_path)
     wait_until(lambda: not image.watchers())
     assert str(place) not in subprocess.check_output(["losetup", "--list"], text=True)
 
