@@ -5,6 +5,9 @@
 import contextlib
 import os
 import pathlib
+import platform
+import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -19,6 +22,10 @@ PLUGIN = pathlib.Path(__file__).resolve().parent.parent / "rbd_export.py"
 MIB = 1 << 20
 GIB = 1 << 30
 
+# The peers as commands, but for what they serve.
+NBDKIT = "nbdkit --foreground --unix={socket} python {plugin} id=rw"
+QEMU_NBD = "qemu-nbd --persistent --socket={socket} --format=raw --shared=16 --discard=unmap"
+
 
 def wait_until(condition):
     tenacity.Retrying(
@@ -30,6 +37,24 @@ def wait_until(condition):
 
 def ceph(*words):
     return subprocess.run(["ceph", *words], check=True, capture_output=True, text=True).stdout
+
+
+def versions(*tools):
+    """{tool: its version}, and those of the plugin and of Debian's Python, which nbdkit runs."""
+    found = {"rbd_export": re.search(r'(?m)^__version__ = "(.*)"', PLUGIN.read_text())[1]}
+    for tool in tools:
+        told = subprocess.run([tool, "--version"], check=True, capture_output=True, text=True)
+        found[tool] = re.search(r"[0-9]+(\.[0-9]+)+", told.stdout)[0]
+    return {**found, "Python": platform.python_version()}
+
+
+def machine():
+    model = re.search(r"(?m)^model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    return {
+        "cpu": model[1] if model else platform.machine(),
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+    }
 
 
 @contextlib.contextmanager
@@ -57,29 +82,41 @@ def image_of(ioctx, name, size, writes):
 
 
 @contextlib.contextmanager
-def serving(command, socket):
-    """Run a server; gives its NBD URI as soon as it listens."""
-    process = subprocess.Popen(command)
+def serving_process(command, socket, **options):
+    """Run a server; gives its process as soon as it listens."""
+    process = subprocess.Popen(command, **options)
     try:
-        wait_until(socket.exists)
-        yield f"nbd+unix:///?socket={socket}"
+        wait_until(lambda: socket.exists() or process.poll() is not None)
+        if process.returncode is not None:
+            raise SystemExit(f"the server ended: {shlex.join(command)}")
+        yield process
     finally:
         process.terminate()
         process.wait()
         socket.unlink(missing_ok=True)
 
 
+def uri_of(socket):
+    return f"nbd+unix:///?socket={socket}"
+
+
+@contextlib.contextmanager
+def serving(command, socket):
+    """Run a server; gives its NBD URI as soon as it listens."""
+    with serving_process(command, socket):
+        yield uri_of(socket)
+
+
 def ours(directory, **parameters):
     socket = directory / f"ours-{uuid.uuid4().hex[:8]}"
     settings = [f"{key.replace('_', '-')}={value}" for key, value in parameters.items()]
-    command = ["nbdkit", "--foreground", f"--unix={socket}", "python", str(PLUGIN), "id=rw"]
-    return serving([*command, *settings], socket)
+    command = NBDKIT.format(socket=socket, plugin=PLUGIN)
+    return serving([*shlex.split(command), *settings], socket)
 
 
 def qemu_nbd(directory, image):
     socket = directory / f"qemu-nbd-{uuid.uuid4().hex[:8]}"
-    options = ["--persistent", f"--socket={socket}", "--format=raw", "--shared=16"]
-    return serving(["qemu-nbd", *options, "--discard=unmap", qemu_rbd(image)], socket)
+    return serving([*shlex.split(QEMU_NBD.format(socket=socket)), qemu_rbd(image)], socket)
 
 
 def qemu_rbd(image):

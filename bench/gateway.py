@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import tempfile
 import time
@@ -25,7 +24,7 @@ import psutil
 import rbd
 from tabulate import tabulate
 
-from bench.common import MIB, PLUGIN, ceph, new_pool, wait_until
+from bench.common import MIB, PLUGIN, ceph, new_pool, versions, wait_until
 
 
 @contextlib.contextmanager
@@ -202,11 +201,9 @@ def main():
     parser.add_argument("--connects", type=int, default=1000, help="connections that come and go")
     parser.add_argument("--list", type=int, default=10000, help="images in the pool to be listed")
     arguments = parser.parse_args()
-    versions = [
-        subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[0]
-        for command in (["nbdkit", "--version"], ["qemu-nbd", "--version"], ["ceph", "--version"])
-    ]
-    print(", ".join([*versions, f"Python {platform.python_version()}", f"{os.cpu_count()} CPUs"]))
+    found = versions("nbdkit", "qemu-nbd", "ceph")
+    print(", ".join(f"{name} {version}" for name, version in found.items()), end=", ")
+    print(f"{os.cpu_count()} CPUs")
 
     with tempfile.TemporaryDirectory() as name:
         directory = pathlib.Path(name)
