@@ -5,10 +5,11 @@
 # Install what the benchmarks need, start a throwaway Ceph cluster, run one of
 # them against it and stop it.  Arguments after the name go to the benchmark.
 #
+#   bench/run.sh compare    reads and writes of all sorts, and a chart of them
 #   bench/run.sh gateway    what it costs to serve 100 images
 #   bench/run.sh extents    the map of a large sparse image
 #   bench/run.sh copy       copies out, in, and an increment
-#   bench/run.sh --store bluestore copy    on disk rather than in memory
+#   bench/run.sh --store bluestore compare    on disk rather than in memory
 #   CEPH_CONF=FILE bench/run.sh gateway    on that cluster, in a pool of its own
 set -euo pipefail
 [ -z "${CEPH_CONF-}" ] || CEPH_CONF=$(realpath -- "$CEPH_CONF")

@@ -34,7 +34,9 @@ case ${1-} in
     # guests
     qemu-system-x86 python3-pexpect netcat-openbsd busybox-static kmod xz-utils cpio
     syslinux mtools) ;;
-  bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra) ;;
+  bench) packages+=(python3-tenacity python3-tabulate python3-psutil qemu-block-extra
+    # bench/compare.py; fio comes with its engines for rbd and nbd
+    fio python3-matplotlib) ;;
   lint) packages+=(shellcheck mypy python3-venv debootstrap) ;;
   *) sed -n 's/^#   //p' "$0" >&2; exit 2 ;;
 esac
