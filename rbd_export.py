@@ -74,6 +74,12 @@ SEPARATORS = " ,;=\t"
 
 GIB = 1 << 30
 
+LIBC = ctypes.CDLL(None)
+
+# The GIL lets few threads allocate at a time, and each of glibc's arenas keeps memory.
+if hasattr(LIBC, "mallopt") and "MALLOC_ARENA_MAX" not in os.environ:
+    LIBC.mallopt(-8, 2)  # M_ARENA_MAX
+
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -1474,18 +1480,17 @@ def peer() -> str:
     """Return the address of the client, or its process, and its certificate's name."""
     if nbdkit_options().single:
         return "stdin"
-    library = ctypes.CDLL(None)
     address, length = ctypes.create_string_buffer(128), ctypes.c_uint32(128)
     found = ["unknown"]
-    if library.nbdkit_peer_name(address, ctypes.byref(length)) == 0:
+    if LIBC.nbdkit_peer_name(address, ctypes.byref(length)) == 0:
         (family,), (port,) = struct.unpack_from("=H", address), struct.unpack_from("!2xH", address)
         if family == socket.AF_INET:
             found = [f"{socket.inet_ntop(family, address.raw[4:8])}:{port}"]
         elif family == socket.AF_INET6:
             found = [f"[{socket.inet_ntop(family, address.raw[8:24])}]:{port}"]
         elif family == socket.AF_UNIX:
-            library.nbdkit_peer_pid.restype = ctypes.c_int64
-            pid = library.nbdkit_peer_pid()
+            LIBC.nbdkit_peer_pid.restype = ctypes.c_int64
+            pid = LIBC.nbdkit_peer_pid()
             # Of a process in another namespace there is none.
             found = [f"process {pid}" if pid > 0 else "a process"]
     if hasattr(nbdkit, "peer_tls_dn") and (name := nbdkit.peer_tls_dn()):
@@ -1947,6 +1952,8 @@ def after_fork() -> None:
     nbdkit itself would wait for them to leave, for ever if need be.  Python's
     signal handler, written in C, does no more than wake the thread.
     """
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # what compiling this file took
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
@@ -2139,7 +2146,7 @@ def log_error(text: str) -> None:
     last (threadlocal_get_last_error); so another thread logs it.
     """
     line = printable(text).encode()
-    log = threading.Thread(target=ctypes.CDLL(None).nbdkit_error, args=(b"%s", line))
+    log = threading.Thread(target=LIBC.nbdkit_error, args=(b"%s", line))
     log.start()
     log.join()
 
@@ -2154,6 +2161,10 @@ def close(h: Handle | None) -> None:
 
 def cleanup() -> None:
     Cluster.end()
+    # A thread that nbdkit has counted as ended may still have its state to release.
+    end = time.monotonic() + 1
+    while KEPT[0] and time.monotonic() < end:
+        time.sleep(0.01)
     # nbdkit does not wait for connections to close after a signal.
     for handle in list(CONNECTED):
         handle.part()
@@ -2225,6 +2236,41 @@ def is_rotational(h: Handle) -> bool:
 FADVISE_FUA = 0x80
 
 
+# Whether this thread's state has been looked after; the mark goes with the state.
+THREAD = threading.local()
+
+# How many are kept.
+KEPT = [0]
+
+
+def keep_thread_state() -> None:
+    """Keep the Python state of this thread until the thread ends.
+
+    nbdkit enters Python by PyGILState_Ensure, which makes a state for the thread, and
+    leaves it by PyGILState_Release, which frees it: for each request.  One more Ensure
+    keeps it.  Its Release must come from the thread itself, at its end: from a destructor
+    of glibc's, since those of pthread keys run when CPython's own key may be gone.  The
+    main thread, which serves the one client of `nbdkit -s`, would end after Python.
+    """
+    if not hasattr(THREAD, "seen"):
+        THREAD.seen = True
+        if AT_THREAD_EXIT and threading.get_native_id() != os.getpid():
+            KEPT[0] += 1
+            ctypes.pythonapi.PyGILState_Ensure()
+            AT_THREAD_EXIT(RELEASE, None, RELEASE_BELONGS_TO)
+
+
+def release_thread_state(_: Any) -> None:
+    KEPT[0] -= 1
+    ctypes.pythonapi.PyGILState_Release(0)  # the callback's own makes it the last one
+
+
+AT_THREAD_EXIT = getattr(LIBC, "__cxa_thread_atexit_impl", None)  # glibc's
+RELEASE = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(release_thread_state)
+# To what is never unloaded.
+RELEASE_BELONGS_TO = LIBC.malloc
+
+
 def request(size: Callable[[Any], int]) -> Callable[..., Any]:
     """Count a request, or give the client an errno that NBD has; nbdkit logs the exception."""
 
@@ -2233,6 +2279,7 @@ def request(size: Callable[[Any], int]) -> Callable[..., Any]:
 
         @functools.wraps(callback)
         def wrapper(h: Handle, *args: Any) -> Any:
+            keep_thread_state()
             try:
                 result = callback(h, *args)
             except BaseException as error:
