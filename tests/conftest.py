@@ -7,6 +7,7 @@ sets things up; data is looked at behind the export as client.rw.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -135,8 +136,17 @@ class Cluster:
 
     @contextlib.contextmanager
     def blocklisted(self, address):
+        nonce = address.rpartition("/")[2]
+
+        def known(osd):
+            """An OSD hears of it after the monitor has answered."""
+            listed = self.ceph("tell", f"osd.{osd}", "dump_blocklist")
+            return re.search(rf'"nonce": {nonce}\b', listed)
+
         self.ceph("osd", "blocklist", "add", address)
         try:
+            for osd in self.ceph("osd", "ls").split():
+                wait_until(functools.partial(known, osd))
             yield
         finally:
             self.ceph("osd", "blocklist", "rm", address)
