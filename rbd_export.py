@@ -243,6 +243,9 @@ PARAMETERS = {
     "lock": Parameter(
         "auto", one_of("auto", "exclusive"), "hand the exclusive lock over to others, or keep it"
     ),
+    "write-cache": Parameter(
+        False, yes_or_no, "after the first flush, answer a write before the cluster has it"
+    ),
     "parallel": Parameter(
         "auto", one_of("auto", "yes", "no"), "serve several requests of a connection at once"
     ),
@@ -890,6 +893,11 @@ class OpenImage:
         self.can_cache = nbdkit.CACHE_EMULATE if caches and not writearound else nbdkit.CACHE_NONE
         buffers = persistent_cache or (caches and config["rbd_cache_max_dirty"] != "0")
         self.layer.settled = self.read_only or not buffers
+        self.early = EarlyWrites(self)
+        self.may_answer_early = CONFIG["write-cache"] and not buffers and not opens_again()
+        self.answers_early = False
+        self.flushing = threading.Lock()
+        self.changed = True  # since the last flush that has succeeded began
         # With the policy writearound, librbd acknowledges a write and forgets
         # that it has failed, if that was before the next flush began
         # (WriteAroundObjectDispatch::flush).  Config.rados turns the early
@@ -900,12 +908,45 @@ class OpenImage:
                 f" lose the error of a failed write: remove it, or set rbd_cache_policy=writeback"
             )
 
+    def look(self, offset: int, count: int, action: Callable[[Layer], R]) -> R:
+        """Do what asks for a range."""
+        self.early.settle(offset, count)
+        return self.reading(action)
+
+    def change(self, offset: int, count: int, action: Callable[[rbd.Image], None]) -> None:
+        """Do what changes a range."""
+        self.early.settle(offset, count)
+        try:
+            self.writing(action)
+        finally:
+            self.changed = True
+
+    def write_early(self, data: bytes, offset: int) -> None:
+        self.early.write(data, offset)
+        self.changed = True
+
+    def flush(self) -> None:
+        """Return when all that was answered before is on stable storage.
+
+        A flush that comes while another is under way waits for it, and is answered with
+        the next one, or at once if nothing has been answered since the former began.
+        """
+        with self.flushing:
+            if self.changed:
+                self.changed = False
+                try:
+                    self.writing(self.early.flush)
+                except BaseException:
+                    self.changed = True
+                    raise
+            # Not before the first flush: a client that never sends one could not notice
+            # what is lost in a crash (so does librbd: rbd_cache_writethrough_until_flush).
+            self.answers_early = self.may_answer_early
+
     def reading(self, action: Callable[[Layer], R]) -> R:
-        """Do what reads from the image."""
         return action(self.layer)
 
     def writing(self, action: Callable[[rbd.Image], None]) -> None:
-        """Do what writes to the image, or flushes what was written."""
         action(self.layer.image)
 
     def take_lock(self) -> None:
@@ -927,8 +968,167 @@ class OpenImage:
         self.layer = FENCED
 
     def close(self) -> None:
-        if not isinstance(self.layer, Fenced):
+        if isinstance(self.layer, Fenced):
+            self.early.tell_what_is_lost(None)
+        else:
+            self.early.finish()
             self.layer.close()
+
+
+class EarlyWrite:
+    """A write that was answered before the cluster had it."""
+
+    def __init__(self, data: bytes, offset: int) -> None:
+        self.data = data
+        self.offset = offset
+        self.end = offset + len(data)
+        self.failed = False
+        self.landing = threading.Lock()  # held until the cluster has answered
+        self.landing.acquire()
+
+
+class EarlyWrites:
+    """The writes of an open image that were answered early: its write cache.
+
+    What touches their bytes waits until they have landed, a flush for all of them.
+    librbd could answer early by itself, but loses errors (see OpenImage).  Here a write
+    that has failed stays, and who meets it tries it again, and fails if that does: no
+    flush succeeds, and no read returns what was there before, until it has landed.
+    """
+
+    def __init__(self, shared: OpenImage) -> None:
+        self.shared = shared
+        self.lock = threading.Lock()
+        self.writes: dict[int, EarlyWrite] = {}  # by offset, the oldest first; disjoint
+        self.offsets: list[int] = []  # sorted
+        self.bytes = 0
+        self.furthest = 0  # end of those since the last flush
+
+    def write(self, data: bytes, offset: int) -> None:
+        write = EarlyWrite(data, offset)
+        while True:
+            with self.lock:
+                former = self.meeting(offset, write.end)
+                if not former and self.is_full():
+                    former = [next(iter(self.writes.values()))]
+                if not former:
+                    self.writes[offset] = write
+                    bisect.insort(self.offsets, offset)
+                    self.bytes += len(data)
+                    self.furthest = max(self.furthest, write.end)
+                    break
+            self.land(former)
+        try:
+            self.shared.layer.image.aio_write(data, offset, functools.partial(self.answered, write))
+        except BaseException:
+            self.forget(write)
+            write.landing.release()
+            raise
+
+    def is_full(self) -> bool:
+        return len(self.writes) >= MAX_EARLY_WRITES or self.bytes > MAX_EARLY_BYTES
+
+    def answered(self, write: EarlyWrite, completion: Any) -> None:
+        """Hear from a thread of librbd what has become of a write."""
+        keep_thread_state()
+        write.failed = True
+        try:
+            result = completion.get_return_value()
+            if result >= 0:
+                self.forget(write)
+                write.failed = False
+            elif result == -errno.ESHUTDOWN:
+                # Before anybody tries again: the fence may be lifted, and this must not land.
+                self.shared.fence()
+        finally:
+            write.landing.release()
+
+    def forget(self, write: EarlyWrite) -> None:
+        with self.lock:
+            del self.writes[write.offset]
+            del self.offsets[bisect.bisect_left(self.offsets, write.offset)]
+            self.bytes -= len(write.data)
+
+    def meeting(self, start: int, end: int) -> list[EarlyWrite]:
+        position = bisect.bisect_left(self.offsets, end)
+        found = []
+        while position:
+            position -= 1
+            write = self.writes[self.offsets[position]]
+            if write.end <= start:
+                break
+            found.append(write)
+        return found
+
+    def settle(self, offset: int, count: int) -> None:
+        """Return when no early write to a range is under way; raise an error if one failed."""
+        if self.writes:
+            with self.lock:
+                former = self.meeting(offset, offset + count)
+            self.land(former)
+
+    def land(self, writes: Iterable[EarlyWrite]) -> bool:
+        """Wait for writes, and try again those that have failed; tell if there were any."""
+        failed = False
+        for write in writes:
+            with write.landing:
+                if write.failed:
+                    failed = True
+                    self.shared.layer.image.write(write.data, write.offset)
+                    write.failed = False
+                    self.forget(write)
+        return failed
+
+    def flush(self, image: rbd.Image) -> None:
+        with self.lock:
+            former = list(self.writes.values())
+            furthest, self.furthest = self.furthest, 0
+        try:
+            image.flush()
+            size = image.size()
+            if furthest <= size and self.land(former):
+                image.flush()
+        except BaseException:
+            with self.lock:
+                self.furthest = max(self.furthest, furthest)
+            raise
+        if furthest > size:
+            self.give_up(former, size)
+
+    def give_up(self, writes: Iterable[EarlyWrite], size: int) -> NoReturn:
+        """Fail once for what can never land, or what librbd has cut off without an error."""
+        for write in writes:
+            with write.landing:
+                if write.failed and write.end > size:
+                    write.failed = False
+                    self.forget(write)
+        raise ExportError(
+            f"image '{self.shared.name}' has shrunk: what was written behind its end is lost"
+        )
+
+    def finish(self) -> None:
+        """Wait for what is under way when the image is closed."""
+        reason: Exception | None = None
+        for write in list(self.writes.values()):
+            try:
+                self.land([write])
+            except Exception as error:
+                reason = error
+                if isinstance(error, rbd.Timeout):
+                    break  # or each would take as long
+        self.tell_what_is_lost(reason)
+
+    def tell_what_is_lost(self, reason: Exception | None) -> None:
+        if self.writes:
+            log_error(
+                f"image '{self.shared.name}': {len(self.writes)} writes that were not flushed"
+                f" are lost: {reason or 'fenced'}"
+            )
+
+
+# What may be under way: a flush is not to take long, nor other clients to be kept waiting.
+MAX_EARLY_BYTES = 8 << 20
+MAX_EARLY_WRITES = 256
 
 
 def look_for_lock(image: rbd.Image, name: str) -> None:
@@ -985,6 +1185,7 @@ class ChildOfClone(OpenImage):
 
     def __init__(self, ancestors: Ancestors, *args: Any) -> None:
         super().__init__(*args)
+        self.may_answer_early = False  # `writing` looks again after each write
         self.ancestors = ancestors
         self.headers = SharedAnswer(ancestors.ask)
 
@@ -1976,7 +2177,7 @@ def end_connections(signalled: int) -> NoReturn:
     """After a signal, let each client's requests finish and its connection end.
 
     While the cluster does not answer they would not: none of what they wait for has
-    been acknowledged.
+    been acknowledged, nor was what was answered early (write-cache) flushed.
     """
     os.read(signalled, 1)
     nbdkit.shutdown()
@@ -2102,6 +2303,7 @@ FIRST_PROCESS = os.getpid()
 def nbdkit_options() -> argparse.Namespace:
     """Return what a plugin is not told of nbdkit's command line."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--filter", action="append", default=[])
     parser.add_argument("--log", default="default")
     parser.add_argument("--run")
     parser.add_argument("-r", "--readonly", "--read-only", action="store_true")
@@ -2117,6 +2319,15 @@ def nbdkit_options() -> argparse.Namespace:
         return parser.parse_known_args(words)[0]
     except argparse.ArgumentError:
         return parser.parse_args([])
+
+
+def opens_again() -> bool:
+    """Tell whether a filter opens the image again when a request has failed.
+
+    The image is closed for that, and what fails to land then is lost, but the flush that
+    is sent again could not know it.
+    """
+    return any(re.search("(^|-)retry(-filter|$)", name) for name in nbdkit_options().filter)
 
 
 @functools.cache
@@ -2309,19 +2520,24 @@ def pieces(offset: int, count: int) -> Iterator[tuple[int, int]]:
 
 @request(len)
 def pread(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
+    count = len(buf)
     # Raises when librbd read less, as it does past the end of a shrunk image.
-    buf[:] = h.shared.reading(lambda layer: layer.image.read(offset, len(buf)))
+    buf[:] = h.shared.look(offset, count, lambda layer: layer.image.read(offset, count))
 
 
 @request(len)
 def pwrite(h: Handle, buf: memoryview, offset: int, flags: int) -> None:
-    data, fadvise = bytes(buf), FADVISE_FUA if flags & nbdkit.FLAG_FUA else 0
-    h.shared.writing(lambda image: image.write(data, offset, fadvise))
+    data, fua = bytes(buf), flags & nbdkit.FLAG_FUA
+    if h.shared.answers_early and not fua:
+        h.shared.write_early(data, offset)
+    else:
+        fadvise = FADVISE_FUA if fua else 0
+        h.shared.change(offset, len(data), lambda image: image.write(data, offset, fadvise))
 
 
 @request(lambda flags: 0)
 def flush(h: Handle, flags: int) -> None:
-    h.shared.writing(lambda image: image.flush())
+    h.shared.flush()
 
 
 @request(int)
@@ -2334,7 +2550,7 @@ def trim(h: Handle, count: int, offset: int, flags: int) -> None:
         if flags & nbdkit.FLAG_FUA:
             image.flush()
 
-    h.shared.writing(discard)
+    h.shared.change(offset, count, discard)
 
 
 @request(int)
@@ -2354,7 +2570,7 @@ def zero(h: Handle, count: int, offset: int, flags: int) -> None:
         if flags & nbdkit.FLAG_FUA:
             image.flush()
 
-    h.shared.writing(write_zeroes)
+    h.shared.change(offset, count, write_zeroes)
 
 
 @request(int)
@@ -2380,7 +2596,7 @@ def extents(h: Handle, count: int, offset: int, flags: int) -> list[tuple[int, i
                 found.append((start, stop - start, kind))
         return found
 
-    return h.shared.reading(look)
+    return h.shared.look(offset, count, look)
 
 
 # ---- where data may be -------------------------------------------------------

@@ -435,6 +435,12 @@ def assert_same(actual, expected):
         pytest.fail(f"differs at {place}: {actual[place]}, not {expected[place]}")
 
 
+def failure(call, *args):
+    with pytest.raises(nbd.Error) as raised:
+        call(*args)
+    return raised.value.errnum
+
+
 def extents(client, offset, length):
     """What the client is told of a range: [(offset, length, flags)], merged."""
     found = []
@@ -544,3 +550,17 @@ def private_cluster(tmp_path_factory):
     """A cluster whose daemons a test may stop for a while: no other run uses it."""
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def stoppable(private_cluster, tmp_path):
+    """A server, not yet started, on a cluster whose OSD may be stopped (`.osd`)."""
+    images = Images(private_cluster)
+    image = images.create()
+    server = Server(tmp_path, conf=private_cluster.conf, id="rw", image=image.spec)
+    server.image = image
+    server.osd = Daemon(private_cluster.directory / "run/osd.0.pid")
+    yield server
+    server.osd.resume()
+    server.stop()
+    images.close()

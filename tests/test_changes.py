@@ -11,15 +11,22 @@ import errno
 import nbd
 import pytest
 import rbd
-from conftest import MIB, OBJECT, data_extents, wait_until
+from conftest import MIB, OBJECT, data_extents, failure, wait_until
 
 MODES = pytest.mark.parametrize("options", [[], ["-r"]], ids=["writable", "read-only"])
 
 
-@pytest.fixture(params=["writearound", "writeback"])
+CACHES = {
+    "write cache": {"write-cache": "yes"},
+    "no write cache": {},
+    "writeback": {"ceph.rbd_cache_policy": "writeback"},
+}
+
+
+@pytest.fixture(params=CACHES)
 def opened(request, servers, image):
     """A writable export with something written through it, and its client."""
-    server = servers(image, **{"ceph.rbd_cache_policy": request.param})
+    server = servers(image, **CACHES[request.param])
     client = server.start().connect()
     client.pwrite(b"o" * OBJECT, 0)
     client.flush()
@@ -51,6 +58,7 @@ def test_after_a_rollback_a_reader_has_what_the_snapshot_had(server, image, clus
     assert (0, OBJECT) in data_extents(client, 0, 64 * MIB)
 
 
+@pytest.mark.parametrize("opened", ["no write cache", "writeback"], indirect=True)
 def test_a_shrunk_image_fails_behind_its_end_and_goes_on_before_it(opened, image, cluster):
     cluster.rbd("resize", "--no-progress", "--allow-shrink", "--size=16M", image.spec)
     opened.pwrite(b"still", 16 * MIB - 5)
@@ -70,6 +78,42 @@ def test_a_shrunk_image_fails_behind_its_end_and_goes_on_before_it(opened, image
     assert opened.pread(4096, 32 * MIB) == bytes(4096)
     opened.pwrite(b"x" * 4096, 32 * MIB)
     assert opened.pread(4096, 32 * MIB) == b"x" * 4096
+
+
+@pytest.mark.parametrize("opened", ["write cache"], indirect=True)
+@pytest.mark.parametrize(
+    ("told", "where"),
+    [
+        ("flush", 32 * MIB),
+        ("pread", 32 * MIB),
+        ("zero", 32 * MIB),
+        ("flush", 16 * MIB - 2048),
+        ("pread", 16 * MIB - 2048),
+    ],
+)
+def test_an_early_write_behind_the_end_of_a_shrunk_image_fails_a_flush_and_is_given_up(
+    opened, image, cluster, told, where
+):
+    opened.flush()
+    cluster.rbd("resize", "--no-progress", "--allow-shrink", "--size=16M", image.spec)
+    opened.pwrite(b"x" * 4096, where)  # answered early
+    tell = {
+        "flush": opened.flush,
+        "pread": lambda: opened.pread(4096, where),
+        "zero": lambda: opened.zero(4096, where),
+    }
+    assert failure(tell[told]) in (errno.EIO, errno.ENOSPC)
+    if told != "flush":
+        assert failure(opened.flush) == errno.EIO
+    opened.flush()
+    opened.pwrite(b"still", 16 * MIB - 5)
+    opened.flush()
+    cluster.rbd("resize", "--no-progress", "--size=64M", image.spec)
+    assert opened.pread(4096, 32 * MIB) == bytes(4096)
+    opened.pwrite(b"x" * 4096, 32 * MIB)
+    opened.flush()
+    assert image.read(32 * MIB, 4096) == b"x" * 4096
+    assert image.read(16 * MIB - 5, 5) == b"still"
 
 
 def test_a_grown_image_goes_on_and_has_its_new_size_for_new_clients(opened, image, cluster):

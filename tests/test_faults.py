@@ -15,13 +15,8 @@ import time
 
 import nbd
 import pytest
-from conftest import MIB, PATIENCE, Daemon, Images, Server, wait_for_answers, wait_until
-
-
-def failure(call, *args):
-    with pytest.raises(nbd.Error) as raised:
-        call(*args)
-    return raised.value.errnum
+import rbd
+from conftest import MIB, PATIENCE, Daemon, Server, failure, wait_for_answers, wait_until
 
 
 def test_a_fenced_client_stays_refused_until_it_reconnects(server, image, cluster):
@@ -45,6 +40,36 @@ def test_a_fenced_client_stays_refused_until_it_reconnects(server, image, cluste
     assert again.pread(8, 0) == b"goes on!"
     server.stop()
     assert "RBD connection was shutdown" in server.log() or "108" in server.log()
+
+
+@pytest.mark.parametrize("features", [None, rbd.RBD_FEATURE_LAYERING], ids=["lock", "no lock"])
+@pytest.mark.parametrize("asks", ["while it is fenced", "when the fence is gone"])
+def test_what_a_fenced_client_wrote_and_did_not_flush_never_lands(
+    servers, images, cluster, asks, features
+):
+    image = images.create(features=features)
+    server = servers(image, **{"write-cache": "yes"})
+    client = server.start().connect()
+    other = server.connect()
+    client.pwrite(b"before", 0)
+    client.flush()
+    (watcher,) = image.watchers()
+    with cluster.blocklisted(watcher["addr"]):
+        client.pwrite(b"zombie", 0)  # answered early
+        image.write(b"takeover", 0)
+        if asks == "while it is fenced":
+            assert failure(other.flush) == errno.ESHUTDOWN
+    assert failure(client.flush) == errno.ESHUTDOWN
+    assert failure(client.pread, 6, 0) == errno.ESHUTDOWN
+    assert failure(client.pwrite, b"zombie", 0) == errno.ESHUTDOWN
+    assert failure(other.flush) == errno.ESHUTDOWN
+    assert image.read(0, 8) == b"takeover"
+    again = server.connect()
+    assert again.pread(8, 0) == b"takeover"
+    again.pwrite(b"goes on!", 0)
+    assert again.pread(8, 0) == b"goes on!"
+    server.stop()
+    assert image.read(0, 8) == b"goes on!"
 
 
 def test_a_client_that_connects_after_the_fence_works_at_once(server, image, cluster):
@@ -77,12 +102,8 @@ def test_fenced_clients_leave_nothing_behind(server, image, cluster):
     wait_until(lambda: server.threads() <= before)
 
 
-def test_a_full_pool_is_enospc_and_reads_go_on(servers, images, cluster):
-    image = images.create()
-    image.write(b"r" * 4096, 0)
-    client = servers(image).start().connect()
-    client.flush()  # from here on librbd could acknowledge writes early
-
+@contextlib.contextmanager
+def full_pool(cluster):
     def full():
         pools = json.loads(cluster.ceph("osd", "pool", "ls", "detail", "--format", "json"))
         (flags,) = [p["flags_names"] for p in pools if p["pool_name"] == cluster.pool]
@@ -91,12 +112,48 @@ def test_a_full_pool_is_enospc_and_reads_go_on(servers, images, cluster):
     cluster.ceph("osd", "pool", "set-quota", cluster.pool, "max_objects", "1")
     try:
         wait_until(full)
-        assert failure(client.pwrite, b"x" * 4096, 32 * MIB) == errno.ENOSPC
-        assert client.pread(4096, 0) == b"r" * 4096
+        yield
     finally:
         cluster.ceph("osd", "pool", "set-quota", cluster.pool, "max_objects", "0")
         wait_until(lambda: not full())
+
+
+def test_a_full_pool_is_enospc_and_reads_go_on(servers, images, cluster):
+    image = images.create()
+    image.write(b"r" * 4096, 0)
+    client = servers(image).start().connect()
+    client.flush()  # from here on librbd could acknowledge writes early
+    with full_pool(cluster):
+        assert failure(client.pwrite, b"x" * 4096, 32 * MIB) == errno.ENOSPC
+        assert client.pread(4096, 0) == b"r" * 4096
     client.pwrite(b"x" * 4096, 32 * MIB)
+
+
+def test_a_flush_to_a_full_pool_is_enospc_until_there_is_space(server, image, cluster):
+    image.write(b"r" * 4096, 0)
+    server.parameters["write-cache"] = "yes"
+    client, other = server.start().connect(), server.connect()
+    client.flush()
+    with full_pool(cluster):
+        client.pwrite(b"x" * 4096, 32 * MIB)  # answered early
+        for meets in [
+            client.flush,
+            other.flush,
+            client.flush,
+            lambda: client.pread(4096, 32 * MIB),
+            lambda: other.pread(4096, 32 * MIB + 2048),
+            lambda: other.pread(4096, 32 * MIB - 2048),
+            lambda: other.block_status(4096, 32 * MIB, lambda *_: None),
+            lambda: other.pwrite(b"y", 32 * MIB + 4095),
+            lambda: other.pwrite(b"y", 32 * MIB, FUA),
+            lambda: other.zero(4096, 32 * MIB),
+            lambda: other.trim(64 << 10, 32 * MIB),
+        ]:
+            assert failure(meets) == errno.ENOSPC
+        assert client.pread(4096, 0) == b"r" * 4096
+    client.flush()
+    server.kill()
+    assert image.read(32 * MIB, 4096) == b"x" * 4096
 
 
 def test_a_key_that_may_not_write_data_is_eperm(servers, image, cluster):
@@ -108,20 +165,6 @@ def test_a_key_that_may_not_write_data_is_eperm(servers, image, cluster):
         assert client.pread(3, 0) == b"old"
         assert failure(client.pwrite, b"new", 0) == errno.EPERM
         assert client.pread(3, 0) == b"old"
-
-
-@pytest.fixture
-def stoppable(private_cluster, tmp_path):
-    """A server, not yet started, on a cluster whose OSD may be stopped (`.osd`)."""
-    images = Images(private_cluster)
-    image = images.create()
-    server = Server(tmp_path, conf=private_cluster.conf, id="rw", image=image.spec)
-    server.image = image
-    server.osd = Daemon(private_cluster.directory / "run/osd.0.pid")
-    yield server
-    server.osd.resume()
-    server.stop()
-    images.close()
 
 
 def test_io_timeout_ends_a_request_that_the_cluster_does_not_answer(stoppable):
@@ -213,8 +256,13 @@ def test_by_default_no_write_is_answered_before_the_cluster_has_answered(stoppab
     assert client.aio_command_completed(cookie)
 
 
-def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable):
-    stoppable.parameters |= {"io-timeout": 2, "ceph.rbd_cache_policy": "writeback"}
+@pytest.mark.parametrize(
+    "cache",
+    [{"write-cache": "yes"}, {"ceph.rbd_cache_policy": "writeback"}],
+    ids=["write cache", "writeback"],
+)
+def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable, cache):
+    stoppable.parameters |= {"io-timeout": 2, **cache}
     a, b = stoppable.start().connect(), stoppable.connect()
     for client in (a, b):
         client.pwrite(b"x" * 4096, 0)
@@ -252,6 +300,27 @@ def test_a_request_never_fails_with_einval_for_a_fault_of_the_cluster(stoppable)
         lambda: client.block_status(64 * MIB, 0, lambda *_: None),
     ]
     assert [failure(call) for call in calls] == [errno.EIO] * len(calls)
+
+
+@pytest.mark.parametrize("option", [["--filter=retry"], ["--filter", "retry"]], ids="".join)
+def test_under_a_filter_that_retries_a_flush_is_answered_when_the_data_is_safe(
+    server, image, cluster, option
+):
+    server.options = option
+    server.parameters["write-cache"] = "yes"
+    server.extra = ["retries=60", "retry-delay=1", "retry-exponential=no"]
+    image.write(b"r" * 4096, 0)
+    client = server.start().connect()
+    client.flush()
+    with full_pool(cluster):
+        data = nbd.Buffer.from_bytearray(bytearray(b"x" * 4096))
+        cookies = [client.aio_pwrite(data, 32 * MIB), client.aio_flush()]
+        wait_until(lambda: "pwrite: error" in server.log())
+    wait_for_answers(client)
+    assert all(client.aio_command_completed(cookie) for cookie in cookies)
+    client.flush()
+    server.kill()
+    assert image.read(32 * MIB, 4096) == b"x" * 4096
 
 
 @pytest.mark.parametrize("cut", [[], ["-t", "1"]], ids=["threads", "one thread"])
@@ -489,6 +558,31 @@ def test_every_command_fails_in_time_and_works_again_afterwards(stoppable, fault
     client.pwrite(b"again", 0)
     client.flush()
     assert stoppable.image.read(0, 5) == b"again"
+
+
+@pytest.mark.parametrize("cut", ["OSD stopped", "network cut"])
+def test_what_meets_an_early_write_fails_in_time_and_works_again_afterwards(stoppable, faults, cut):
+    stoppable.parameters |= {"io-timeout": 1, "write-cache": "yes"}
+    client = stoppable.start().connect()
+    client.pwrite(b"x" * 4096, 0)
+    client.flush()
+    faults[cut].stop()
+    client.pwrite(b"early", 0)
+    commands = {**COMMANDS, "flush": lambda client: client.flush()}
+    for name, command in [*commands.items(), ("flush again", commands["flush"])]:
+        begin = time.monotonic()
+        assert failure(command, client) == errno.EIO, name
+        assert time.monotonic() - begin < 20, name
+    faults[cut].resume()
+
+    def flushed():
+        with contextlib.suppress(nbd.Error):
+            client.flush()
+            return True
+
+    wait_until(flushed)
+    stoppable.kill()
+    assert stoppable.image.read(0, 6) == b"earlyx"
 
 
 @pytest.mark.parametrize("cut", ["OSD stopped", "network cut"])
