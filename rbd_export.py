@@ -898,6 +898,8 @@ class OpenImage:
         self.answers_early = False
         self.flushing = threading.Lock()
         self.changed = True  # since the last flush that has succeeded began
+        self.flushes = 0  # that have begun
+        self.succeeded = 0  # the last of them that did
         # With the policy writearound, librbd acknowledges a write and forgets
         # that it has failed, if that was before the next flush began
         # (WriteAroundObjectDispatch::flush).  Config.rados turns the early
@@ -928,17 +930,20 @@ class OpenImage:
     def flush(self) -> None:
         """Return when all that was answered before is on stable storage.
 
-        A flush that comes while another is under way waits for it, and is answered with
-        the next one, or at once if nothing has been answered since the former began.
+        Those that come while one is under way wait for it, and then for one more together,
+        or for none if nothing has been answered since the former began.
         """
+        before = self.flushes
         with self.flushing:
-            if self.changed:
+            if self.changed and self.succeeded <= before:
+                self.flushes += 1
                 self.changed = False
                 try:
                     self.writing(self.early.flush)
                 except BaseException:
                     self.changed = True
                     raise
+                self.succeeded = self.flushes
             # Not before the first flush: a client that never sends one could not notice
             # what is lost in a crash (so does librbd: rbd_cache_writethrough_until_flush).
             self.answers_early = self.may_answer_early
@@ -1128,7 +1133,7 @@ class EarlyWrites:
 
 # What may be under way: a flush is not to take long, nor other clients to be kept waiting.
 MAX_EARLY_BYTES = 8 << 20
-MAX_EARLY_WRITES = 256
+MAX_EARLY_WRITES = 2048
 
 
 def look_for_lock(image: rbd.Image, name: str) -> None:

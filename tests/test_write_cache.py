@@ -290,6 +290,25 @@ def test_flushes_at_the_same_time_all_hold_their_promise(stoppable, flushed):
     assert stoppable.image.read(MIB, 4096) == b"2" * 4096
 
 
+def test_a_flush_is_not_answered_with_one_that_was_under_way(stoppable, flushed, private_cluster):
+    """What the second one covers fails: where the image ended since, nothing can be written."""
+    first, second = flushed
+    shrink = ["resize", "--no-progress", "--allow-shrink", "--size=16M"]
+    private_cluster.rbd(*shrink, stoppable.image.spec)
+    stoppable.osd.stop()
+    first.pwrite(b"1" * 4096, 0)
+    flushes = [first.aio_flush()]
+    assert unanswered(first)
+    second.pwrite(b"2" * 4096, 32 * MIB)
+    flushes.append(second.aio_flush())
+    assert unanswered(second)
+    stoppable.osd.resume()
+    wait_for_answers(first)
+    wait_for_answers(second)
+    assert first.aio_command_completed(flushes[0])
+    assert failure(second.aio_command_completed, flushes[1]) == errno.EIO
+
+
 def test_writers_that_flush_at_the_same_time_all_hold_their_promise(server, image):
     count = 8
     server.start()
