@@ -4,7 +4,7 @@
 
 import pytest
 from conftest import running_cluster
-from stress.crash import FAULTS, Bench
+from stress.crash import CACHES, FAULTS, Bench
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,7 @@ def bench(tmp_path_factory):
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_that_was_promised_is_lost(bench, fault):
-    # nbdkit starts by turns with a cache that answers early and with one that does not.
-    rounds = 2 if fault == "nbdkit killed" else 1
+    rounds = len(CACHES) if fault == "nbdkit killed" else 1
     _, _, acknowledged, lost, _, recovered = bench.play(fault, rounds)
     assert acknowledged
     assert not lost

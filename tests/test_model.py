@@ -74,6 +74,8 @@ connections = st.integers(0, 1)
 bits = st.integers(0, 255)
 fua = st.sampled_from([0, FUA])
 
+CACHES = [{}, {"write-cache": "yes"}, {"ceph.rbd_cache_policy": "writeback"}]
+
 
 class Export(RuleBasedStateMachine):
     """All commands over two connections of one export, against a bytearray."""
@@ -81,8 +83,8 @@ class Export(RuleBasedStateMachine):
     server_factory = None
     images = None
 
-    @initialize(cloned=st.booleans(), policy=st.sampled_from(["writearound", "writeback"]))
-    def start(self, cloned, policy):
+    @initialize(cloned=st.booleans(), cache=st.sampled_from(CACHES))
+    def start(self, cloned, cache):
         self.image = self.images.create(SIZE, order=20)
         self.content = bytearray(SIZE)
         if cloned:
@@ -92,7 +94,7 @@ class Export(RuleBasedStateMachine):
             parent.snap("s", protect=True)
             self.image = self.images.clone(parent, "s", order=20)
             self.content[MIB // 2 : MIB // 2 + 2 * MIB] = data
-        self.server = self.server_factory(self.image, **{"ceph.rbd_cache_policy": policy}).start()
+        self.server = self.server_factory(self.image, **cache).start()
         self.clients = [self.server.connect(), self.server.connect()]
 
     @rule(which=connections, offset=offsets, length=lengths)

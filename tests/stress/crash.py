@@ -34,6 +34,13 @@ GRANULE = 16  # blocks: what librbd discards
 WRITERS = 4
 FUA = nbd.CMD_FLAG_FUA
 
+# nbdkit is started with each of them by turns: librbd's, ours, none that answers early.
+CACHES = [
+    {"ceph.rbd_cache_policy": "writeback", "write-cache": "no"},
+    {"ceph.rbd_cache_policy": "writearound", "write-cache": "yes"},
+    {"ceph.rbd_cache_policy": "writearound", "write-cache": "no"},
+]
+
 
 def block(value):
     return struct.pack("<Q", value) * (BLOCK // 8)
@@ -131,7 +138,7 @@ class Bench:
         # Who takes over from a killed client waits until that has lost its lock.
         cluster.ceph("config", "set", "osd", "osd_client_watch_timeout", "5")
         self.server = Server(self.directory, conf=cluster.conf, id="rw", image=self.image.spec)
-        self.policies = itertools.cycle(["writeback", "writearound"])
+        self.caches = itertools.cycle(CACHES)
         self.writers = [Writer(n, random.Random(self.rng.random())) for n in range(WRITERS)]
 
     def close(self):
@@ -139,7 +146,7 @@ class Bench:
         self.images.close()
 
     def connect(self):
-        self.server.parameters["ceph.rbd_cache_policy"] = next(self.policies)
+        self.server.parameters |= next(self.caches)
         self.server.start()
         for writer in self.writers:
             writer.client = self.server.connect()
