@@ -49,9 +49,14 @@ from bench.common import (
 BASE = "qemu-nbd"
 # fio opens the image itself: what the library can do without NBD.
 LIBRBD = "librbd"
+# Only for workloads that write.
+WRITE_CACHE = "write-cache"
+UNCACHED = "qemu-nbd-uncached"
 SERVERS = {
     "rbd_export": f"{NBDKIT} image={{image}}",
+    WRITE_CACHE: f"{NBDKIT} image={{image}} write-cache=yes",
     BASE: f"{QEMU_NBD} rbd:{{image}}:id=rw:conf={{conf}}",
+    UNCACHED: f"{QEMU_NBD} --cache=none rbd:{{image}}:id=rw:conf={{conf}}",
     LIBRBD: None,
 }
 
@@ -59,6 +64,7 @@ SERVERS = {
 WORKLOADS = {
     "randread-4k-d1": ("randread", "4k", 1, 1),
     "randread-4k-d16": ("randread", "4k", 16, 1),
+    "randread-4k-d64": ("randread", "4k", 64, 1),
     "randwrite-4k-d1": ("randwrite", "4k", 1, 1),
     "randwrite-4k-d16": ("randwrite", "4k", 16, 1),
     "randwrite-4k-4x4": ("randwrite", "4k", 4, 4),
@@ -82,6 +88,8 @@ RATIOS = ("iops", "p99_us", "cpu_us", "peak_mib")
 # In the chart; others get a color of matplotlib's.
 LOOKS = {
     "rbd_export": ("rbd_export", "#0969da"),
+    WRITE_CACHE: ("rbd_export write-cache=yes", "#54aeff"),
+    UNCACHED: ("qemu-nbd --cache=none", "#6e7781"),
     LIBRBD: ("librbd without NBD (fio's rbd engine)", "#afb8c1"),
 }
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
@@ -90,6 +98,10 @@ IOPS and MiB/s of reads and writes together.  Latency of a request; that of a wr
 librbd's cache's: each 128th is followed by a flush, which counts as time but not as request.
 CPU of the server for each request; the most of its memory that was ever resident.
 {LIBRBD}: fio opens the image itself, all requests through one handle."""
+
+
+def writes(workload):
+    return not WORKLOADS[workload][0].endswith("read")
 
 
 def fio(workload, seconds, *engine):
@@ -104,7 +116,7 @@ def fio(workload, seconds, *engine):
         *(f"--rw={rw}", f"--bs={size}", f"--blockalign={size}"),
         *(f"--iodepth={depth}", f"--numjobs={jobs}", *engine),
     ]
-    if not rw.endswith("read"):
+    if writes(workload):
         command.append("--fsync=128")
     if rw == "randrw":
         command.append("--rwmixread=70")
@@ -193,6 +205,8 @@ def measurements(servers, workloads, image, options, directory):
         first = number % len(names)
         for workload in workloads:
             for name in names[first:] + names[:first]:
+                if name in (WRITE_CACHE, UNCACHED) and not writes(workload):
+                    continue
                 if servers[name]:
                     result = measure_server(servers[name], workload, image, options, directory)
                 else:
@@ -284,10 +298,13 @@ def plot(report, path):
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     for number, server in enumerate(servers):
-        places = [place + (number + 0.5) * width - 0.4 for place in range(len(found))]
+        values = {
+            place + (number + 0.5) * width - 0.4: workload[server]["iops"]
+            for place, workload in enumerate(found.values())
+            if server in workload
+        }
         label, color = LOOKS.get(server, (server, None))
-        values = [workload[server]["iops"] for workload in found.values()]
-        bars = axes.barh(places, values, width * 0.9, label=label, color=color)
+        bars = axes.barh([*values], [*values.values()], width * 0.9, label=label, color=color)
         axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, zorder=3, bbox=BEHIND_TEXT)
     axes.axvline(1, color="black", linewidth=1)
     top = axes.get_xaxis_transform()
