@@ -81,10 +81,11 @@ METRICS = {
     "mib_per_second": ("MiB/s", 1),
     "mean_us": ("mean µs", 0),
     "p99_us": ("p99 µs", 0),
+    "flush_us": ("flush µs", 0),
     "cpu_us": ("CPU µs", 1),
     "peak_mib": ("peak MiB", 0),
 }
-RATIOS = ("iops", "p99_us", "cpu_us", "peak_mib")
+RATIOS = ("iops", "p99_us", "flush_us", "cpu_us", "peak_mib")
 # In the chart; others get a color of matplotlib's.
 LOOKS = {
     "rbd_export": ("rbd_export", "#0969da"),
@@ -95,7 +96,8 @@ LOOKS = {
 BEHIND_TEXT = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 LEGEND = f"""\
 IOPS and MiB/s of reads and writes together.  Latency of a request; that of a write may be
-librbd's cache's: each 128th is followed by a flush, which counts as time but not as request.
+a cache's: each 128th is followed by a flush, which counts as time but not as request, and
+takes this long on average.
 CPU of the server for each request; the most of its memory that was ever resident.
 {LIBRBD}: fio opens the image itself, all requests through one handle."""
 
@@ -134,6 +136,7 @@ def figures(job):
     """What a client saw.  Flushes are no requests: fio counts them apart."""
     ways = [job[way] for way in ("read", "write") if job[way]["total_ios"]]
     requests = sum(way["total_ios"] for way in ways)
+    flushes = job["sync"]["total_ios"]
     return {
         "requests": requests,
         "iops": sum(way["iops"] for way in ways),
@@ -141,6 +144,7 @@ def figures(job):
         "mean_us": sum(way["clat_ns"]["mean"] * way["total_ios"] for way in ways) / requests / 1e3,
         # Of reads and writes, that which is worse.
         "p99_us": max(way["clat_ns"]["percentile"]["99.000000"] for way in ways) / 1e3,
+        **({"flush_us": job["sync"]["lat_ns"]["mean"] / 1e3} if flushes else {}),
     }
 
 
