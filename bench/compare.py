@@ -293,7 +293,11 @@ def show(report):
 def plot(report, path):
     """Bars of IOPS as multiples of the base's, for each workload."""
     found = report["ratios"]
-    servers = list(dict.fromkeys(name for workload in found.values() for name in workload))
+    servers = [
+        name
+        for name in report["options"]["servers"]
+        if any(name in workload for workload in found.values())
+    ]
     if not servers:
         raise SystemExit(f"no chart: nothing to compare with {BASE}")
     width = 0.8 / len(servers)
@@ -301,12 +305,13 @@ def plot(report, path):
     size = (9, 1.8 + 0.2 * len(found) * (len(servers) + 1))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    for number, server in enumerate(servers):
-        values = {
-            place + (number + 0.5) * width - 0.4: workload[server]["iops"]
-            for place, workload in enumerate(found.values())
-            if server in workload
-        }
+    for server in servers:
+        values = {}
+        for place, workload in enumerate(found.values()):
+            there = [name for name in servers if name in workload]
+            if server in there:
+                offset = there.index(server) + (1 - len(there)) / 2
+                values[place + offset * width] = workload[server]["iops"]
         label, color = LOOKS.get(server, (server, None))
         bars = axes.barh([*values], [*values.values()], width * 0.9, label=label, color=color)
         axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, zorder=3, bbox=BEHIND_TEXT)
