@@ -117,6 +117,9 @@ osd pool default min size = 1
 osd pool default pg num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
+# An OSD that was frozen (SIGSTOP) waits for a lease from the other OSDs of a placement
+# group, of which there are none; on Ceph 18 it was seen to do so for good ("laggy").
+osd pool default read lease ratio = 1000
 mon allow pool size one = true
 mon allow pool delete = true
 mon warn on pool no redundancy = false
