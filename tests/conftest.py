@@ -494,6 +494,12 @@ def nbdkit_version():
     return tuple(map(int, re.match(r"nbdkit (\d+)\.(\d+)\.(\d+)", text.stdout).groups()))
 
 
+@pytest.fixture(scope="session")
+def affected(nbdkit_version):
+    """Tell whether nbdkit may abort when a connection ends in mid-request."""
+    return (1, 32, 4) <= nbdkit_version < (1, 33, 10)
+
+
 @pytest.fixture
 def images(cluster):
     images = Images(cluster)
