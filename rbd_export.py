@@ -949,9 +949,11 @@ class OpenImage:
             self.answers_early = self.may_answer_early
 
     def reading(self, action: Callable[[Layer], R]) -> R:
+        """Do what reads from the image."""
         return action(self.layer)
 
     def writing(self, action: Callable[[rbd.Image], None]) -> None:
+        """Do what writes to the image, or flushes what was written."""
         action(self.layer.image)
 
     def take_lock(self) -> None:
@@ -974,7 +976,7 @@ class OpenImage:
 
     def close(self) -> None:
         if isinstance(self.layer, Fenced):
-            self.early.tell_what_is_lost(None)
+            self.early.tell_what_is_lost("fenced")
         else:
             self.early.finish()
             self.layer.close()
@@ -1123,11 +1125,11 @@ class EarlyWrites:
                     break  # or each would take as long
         self.tell_what_is_lost(reason)
 
-    def tell_what_is_lost(self, reason: Exception | None) -> None:
+    def tell_what_is_lost(self, reason: object) -> None:
         if self.writes:
             log_error(
                 f"image '{self.shared.name}': {len(self.writes)} writes that were not flushed"
-                f" are lost: {reason or 'fenced'}"
+                f" are lost: {reason}"
             )
 
 
