@@ -34,6 +34,13 @@ OBJECT = 4 * MIB
 # What the tests themselves wait for, as opposed to what they test.
 PATIENCE = 60
 
+# The parameters for each way to answer writes: early by librbd, early by the export, not early.
+CACHES = {
+    "writeback": {"ceph.rbd_cache_policy": "writeback"},
+    "write cache": {"write-cache": "yes"},
+    "no write cache": {},
+}
+
 
 def wait_until(condition, seconds=PATIENCE):
     """Return condition() as soon as it is true."""
@@ -42,6 +49,16 @@ def wait_until(condition, seconds=PATIENCE):
         wait=tenacity.wait_fixed(0.02),
         stop=tenacity.stop_after_delay(seconds),
     )(condition)
+
+
+def wait_until_it_works(call):
+    """Return as soon as a call over NBD raises no error."""
+    tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(nbd.Error),
+        wait=tenacity.wait_fixed(0.02),
+        stop=tenacity.stop_after_delay(PATIENCE),
+        reraise=True,
+    )(call)
 
 
 def wait_for_answers(client):

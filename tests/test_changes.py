@@ -11,16 +11,9 @@ import errno
 import nbd
 import pytest
 import rbd
-from conftest import MIB, OBJECT, data_extents, failure, wait_until
+from conftest import CACHES, MIB, OBJECT, data_extents, failure, wait_until
 
 MODES = pytest.mark.parametrize("options", [[], ["-r"]], ids=["writable", "read-only"])
-
-
-CACHES = {
-    "write cache": {"write-cache": "yes"},
-    "no write cache": {},
-    "writeback": {"ceph.rbd_cache_policy": "writeback"},
-}
 
 
 @pytest.fixture(params=CACHES)

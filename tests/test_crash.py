@@ -3,8 +3,8 @@
 """A few rounds of tests/stress/run.sh: nothing that was promised is lost in a crash."""
 
 import pytest
-from conftest import running_cluster
-from stress.crash import CACHES, FAULTS, Bench
+from conftest import CACHES, running_cluster
+from stress.crash import FAULTS, Bench
 
 
 @pytest.fixture(scope="module")

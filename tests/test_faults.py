@@ -16,7 +16,17 @@ import time
 import nbd
 import pytest
 import rbd
-from conftest import MIB, PATIENCE, Daemon, Server, failure, wait_for_answers, wait_until
+from conftest import (
+    CACHES,
+    MIB,
+    PATIENCE,
+    Daemon,
+    Server,
+    failure,
+    wait_for_answers,
+    wait_until,
+    wait_until_it_works,
+)
 
 
 def test_a_fenced_client_stays_refused_until_it_reconnects(server, image, cluster):
@@ -256,13 +266,9 @@ def test_by_default_no_write_is_answered_before_the_cluster_has_answered(stoppab
     assert client.aio_command_completed(cookie)
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [{"write-cache": "yes"}, {"ceph.rbd_cache_policy": "writeback"}],
-    ids=["write cache", "writeback"],
-)
+@pytest.mark.parametrize("cache", ["write cache", "writeback"])
 def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable, cache):
-    stoppable.parameters |= {"io-timeout": 2, **cache}
+    stoppable.parameters |= {"io-timeout": 2, **CACHES[cache]}
     a, b = stoppable.start().connect(), stoppable.connect()
     for client in (a, b):
         client.pwrite(b"x" * 4096, 0)
@@ -272,15 +278,7 @@ def test_a_flush_fails_until_what_was_acknowledged_is_safe(stoppable, cache):
     b.pwrite(b"b" * 4096, 8192)
     assert [failure(a.flush), failure(b.flush), failure(a.flush)] == [errno.EIO] * 3
     stoppable.osd.resume()
-
-    def flushed():
-        try:
-            a.flush()
-        except nbd.Error:
-            return False
-        return True
-
-    wait_until(flushed)
+    wait_until_it_works(a.flush)
     stoppable.kill()
     assert stoppable.image.read(0, 4096) == b"a" * 4096
     assert stoppable.image.read(8192, 4096) == b"b" * 4096
@@ -534,6 +532,13 @@ COMMANDS = {
 }
 
 
+def assert_each_fails_in_time(client, commands):
+    for name, command in commands.items():
+        begin = time.monotonic()
+        assert failure(command, client) == errno.EIO, name
+        assert time.monotonic() - begin < 20, name
+
+
 @pytest.mark.parametrize("cut", ["OSD stopped", "network cut"])
 def test_every_command_fails_in_time_and_works_again_afterwards(stoppable, faults, cut):
     stoppable.parameters["io-timeout"] = 1
@@ -541,20 +546,15 @@ def test_every_command_fails_in_time_and_works_again_afterwards(stoppable, fault
     client.pwrite(b"x" * 4096, 0)
     client.flush()
     faults[cut].stop()
-    for name, command in COMMANDS.items():
-        begin = time.monotonic()
-        assert failure(command, client) == errno.EIO, name
-        assert time.monotonic() - begin < 20, name
+    assert_each_fails_in_time(client, COMMANDS)
     faults[cut].resume()
 
     def works():
-        with contextlib.suppress(nbd.Error):
-            for command in COMMANDS.values():
-                command(client)
-            client.flush()
-            return True
+        for command in COMMANDS.values():
+            command(client)
+        client.flush()
 
-    wait_until(works)
+    wait_until_it_works(works)
     client.pwrite(b"again", 0)
     client.flush()
     assert stoppable.image.read(0, 5) == b"again"
@@ -568,19 +568,10 @@ def test_what_meets_an_early_write_fails_in_time_and_works_again_afterwards(stop
     client.flush()
     faults[cut].stop()
     client.pwrite(b"early", 0)
-    commands = {**COMMANDS, "flush": lambda client: client.flush()}
-    for name, command in [*commands.items(), ("flush again", commands["flush"])]:
-        begin = time.monotonic()
-        assert failure(command, client) == errno.EIO, name
-        assert time.monotonic() - begin < 20, name
+    flushes = dict.fromkeys(["flush", "flush again"], nbd.NBD.flush)
+    assert_each_fails_in_time(client, COMMANDS | flushes)
     faults[cut].resume()
-
-    def flushed():
-        with contextlib.suppress(nbd.Error):
-            client.flush()
-            return True
-
-    wait_until(flushed)
+    wait_until_it_works(client.flush)
     stoppable.kill()
     assert stoppable.image.read(0, 6) == b"earlyx"
 

@@ -8,7 +8,7 @@ import threading
 
 import nbd
 import pytest
-from conftest import MIB, Images, Server, assert_same, unique
+from conftest import CACHES, MIB, Images, Server, assert_same, unique
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -74,8 +74,6 @@ connections = st.integers(0, 1)
 bits = st.integers(0, 255)
 fua = st.sampled_from([0, FUA])
 
-CACHES = [{}, {"write-cache": "yes"}, {"ceph.rbd_cache_policy": "writeback"}]
-
 
 class Export(RuleBasedStateMachine):
     """All commands over two connections of one export, against a bytearray."""
@@ -83,7 +81,7 @@ class Export(RuleBasedStateMachine):
     server_factory = None
     images = None
 
-    @initialize(cloned=st.booleans(), cache=st.sampled_from(CACHES))
+    @initialize(cloned=st.booleans(), cache=st.sampled_from([*CACHES.values()]))
     def start(self, cloned, cache):
         self.image = self.images.create(SIZE, order=20)
         self.content = bytearray(SIZE)

@@ -25,7 +25,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import nbd
-from conftest import MIB, Cluster, Daemon, Images, Server, wait_until
+from conftest import CACHES, MIB, Cluster, Daemon, Images, Server, wait_until
 from tabulate import tabulate
 
 BLOCK = 4096
@@ -33,13 +33,6 @@ BLOCKS = 4 * MIB // BLOCK  # of a writer, in an object of its own
 GRANULE = 16  # blocks: what librbd discards
 WRITERS = 4
 FUA = nbd.CMD_FLAG_FUA
-
-# nbdkit is started with each of them by turns: librbd's, ours, none that answers early.
-CACHES = [
-    {"ceph.rbd_cache_policy": "writeback", "write-cache": "no"},
-    {"ceph.rbd_cache_policy": "writearound", "write-cache": "yes"},
-    {"ceph.rbd_cache_policy": "writearound", "write-cache": "no"},
-]
 
 
 def block(value):
@@ -138,7 +131,8 @@ class Bench:
         # Who takes over from a killed client waits until that has lost its lock.
         cluster.ceph("config", "set", "osd", "osd_client_watch_timeout", "5")
         self.server = Server(self.directory, conf=cluster.conf, id="rw", image=self.image.spec)
-        self.caches = itertools.cycle(CACHES)
+        self.parameters = self.server.parameters
+        self.caches = itertools.cycle(CACHES.values())
         self.writers = [Writer(n, random.Random(self.rng.random())) for n in range(WRITERS)]
 
     def close(self):
@@ -146,7 +140,8 @@ class Bench:
         self.images.close()
 
     def connect(self):
-        self.server.parameters |= next(self.caches)
+        # By turns.
+        self.server.parameters = self.parameters | next(self.caches)
         self.server.start()
         for writer in self.writers:
             writer.client = self.server.connect()
